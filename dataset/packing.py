@@ -1,0 +1,166 @@
+"""Lay sequences of all lengths into rows of one length, so that almost nothing that is computed is padding.
+
+A row holds several whole sequences. Each is a document of its own: `position_ids` restart at 0, which is also how the
+attention knows not to look across, and the first label of each is -100, so nothing is predicted across the border.
+
+Shapes: `B` rows of a micro-batch, `T` tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+IGNORE = -100  # the label that the loss skips, by the convention of Hugging Face
+ROUND_TO = 64  # T is a multiple of this: few distinct shapes for a compiler, whole tiles for a GPU
+
+
+def pack(lengths, capacity: int, seed: int, epoch: int) -> list[list[int]]:
+    """Rows of sequence indices that together hold every sequence exactly once, in an order from (seed, epoch) alone.
+
+    Each row begins with the longest sequence left, takes random ones as long as any would fit, and ends with the
+    longest that fit into what remains. Against best-fit decreasing, which stacks equal lengths on each other, this
+    wastes about a third on short sequences, and a row is a mixed sample of the data. Linear in the number of
+    sequences. ValueError if a sequence is empty or longer than `capacity`.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"sequences of {lengths.min()} to {lengths.max()} tokens do not fit rows of {capacity} tokens. "
+                         "Encode the data with the max_seq_len that it is trained with.")
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(lengths.size).tolist()
+    length_of = lengths.tolist()
+    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # by length, each in random order
+    for index in reversed(order):
+        waiting[length_of[index]].append(index)
+    present = 0  # bit n is set while a sequence of n tokens waits: the longest under a bound is one bit operation
+    for length, indices in enumerate(waiting):
+        present |= bool(indices) << length
+
+    taken = bytearray(lengths.size)
+    rows, head = [], 0
+    while present:
+        row, space = [], capacity
+        length = present.bit_length() - 1
+        while length > 0:
+            indices = waiting[length]
+            index = indices.pop()
+            if not indices:
+                present ^= 1 << length
+            taken[index] = 1
+            row.append(index)
+            space -= length
+            longest = present.bit_length() - 1
+            if 0 < longest <= space:
+                while taken[order[head]]:
+                    head += 1
+                length = length_of[order[head]]
+            else:
+                length = (present & ((2 << space) - 1)).bit_length() - 1
+        rows.append(row)
+    return [rows[i] for i in rng.permutation(len(rows)).tolist()]
+
+
+def collate(rows, capacity: int, num_rows: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """One micro-batch from rows of sequences: `input_ids`, `labels`, `position_ids`, int64 [B, T].
+
+    `rows` is a list of lists of `{"input_ids", "labels"}`; rows missing up to `num_rows` are all padding. T is the
+    longest row, rounded up to a multiple of 64, at most `capacity`. The unused end of a row is a document of padding:
+    positions from 0, labels -100. Labels are not shifted (the model does that).
+    """
+    used = [sum(len(sequence["input_ids"]) for sequence in row) for row in rows]
+    longest = max(used, default=0)
+    assert len(rows) <= num_rows and longest <= capacity
+    T = min(capacity, max(1, -(-longest // ROUND_TO)) * ROUND_TO)
+    input_ids = np.full((num_rows, T), pad_id, dtype=np.int64)
+    labels = np.full((num_rows, T), IGNORE, dtype=np.int64)
+    position_ids = np.empty((num_rows, T), dtype=np.int64)
+    count = np.arange(T)
+    for b in range(num_rows):
+        start = 0
+        for sequence in rows[b] if b < len(rows) else ():
+            end = start + len(sequence["input_ids"])
+            input_ids[b, start:end] = sequence["input_ids"]
+            labels[b, start:end] = sequence["labels"]
+            labels[b, start] = IGNORE
+            position_ids[b, start:end] = count[: end - start]
+            start = end
+        position_ids[b, start:] = count[: T - start]
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(position_ids)}
+
+
+class PackedBatches:
+    """The optimizer steps of a run: item `step` is the list of all micro-batches of that step for this rank.
+
+    A step is `batch_size * accumulation_steps * world_size` consecutive rows of the epoch's packing. Rank r takes the
+    r-th share of them and cuts it into micro-batches, so the same sequences form a step however they are split. The
+    last step of an epoch may have fewer rows: an epoch trains on every sequence exactly once, and every rank gets the
+    same number of micro-batches (one of padding alone where the rows do not suffice).
+
+    `dataset` needs `lengths` (an array) and `dataset[i] -> {"input_ids", "labels"}`. `max_steps` ends the run early.
+    Nothing but (seed, epoch, step) decides what a step holds, so a run resumes at any step without replaying.
+    """
+
+    def __init__(self, dataset, *, batch_size: int, accumulation_steps: int, max_seq_len: int, seed: int, epochs: int,
+                 rank: int = 0, world_size: int = 1, pad_id: int, max_steps: int | None = None):
+        for name, value in (("batch_size", batch_size), ("accumulation_steps", accumulation_steps),
+                            ("epochs", epochs), ("max_steps", 1 if max_steps is None else max_steps)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}. Give 1 or more.")
+        if not len(dataset):
+            raise ValueError("the dataset holds no sequence to train on. Give more data, or keep less of it for "
+                             "validation.")
+        assert 0 <= rank < world_size
+        self.dataset, self.capacity, self.seed, self.pad_id = dataset, max_seq_len, seed, pad_id
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.rows_per_step = batch_size * accumulation_steps * world_size
+        self._packed: tuple[int, list[list[int]]] = (-1, [])  # the epoch packed last, and its rows
+        self._epoch_ends: list[int] = []  # the first step after each epoch; packings differ by a row or two
+        self.padding_share = 0.0
+        for epoch in range(epochs):
+            first = self._epoch_ends[-1] if self._epoch_ends else 0
+            if max_steps is not None and first >= max_steps:
+                break
+            rows = self.rows(epoch)
+            if epoch == 0:
+                self.padding_share = 1 - int(np.sum(dataset.lengths)) / (len(rows) * self.capacity)
+            self._epoch_ends.append(first + -(-len(rows) // self.rows_per_step))
+        self._num_steps = min(self._epoch_ends[-1], max_steps or self._epoch_ends[-1])
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """All rows of an epoch as sequence indices, in training order."""
+        if self._packed[0] != epoch:
+            self._packed = epoch, pack(self.dataset.lengths, self.capacity, self.seed, epoch)
+        return self._packed[1]
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that a step belongs to."""
+        return int(np.searchsorted(self._epoch_ends, step, side="right"))
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}")
+        epoch = self.epoch_of(step)
+        begin = (step - (self._epoch_ends[epoch - 1] if epoch else 0)) * self.rows_per_step
+        rows = self.rows(epoch)[begin : begin + self.rows_per_step]
+        share = -(-len(rows) // self.world_size)
+        mine = rows[self.rank * share : (self.rank + 1) * share]
+        return [self._micro_batch(mine[at : at + self.batch_size]) for at in range(0, share, self.batch_size)]
+
+    def _micro_batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        sequences = [[self.dataset[index] for index in row] for row in rows]
+        return collate(sequences, self.capacity, max(1, len(rows)), self.pad_id)
+
+    def from_step(self, first: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Iterate over the steps from `first` on, without building those before."""
+        for step in range(first, len(self)):
+            yield self[step]
+
+    def __iter__(self):
+        return self.from_step(0)
