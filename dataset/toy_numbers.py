@@ -1,0 +1,279 @@
+"""Skills of the toy world that need no world: arithmetic, comparison, sorting, counting, dates, units.
+
+Every maker takes (rng, language) plus its level and returns one Item with its worked solution.
+"""
+
+import random
+
+from dataset.toy_core import Item, Level, Turn, apply, op_key
+
+Step = tuple[int, str, int]  # a, operator, b
+
+ARITHMETIC = {
+    "en": {
+        "+": ("What is {a} + {b}?", "{a} + {b} = ?", "Please add {a} and {b}.", "How much is {a} plus {b}?"),
+        "-": ("What is {a} - {b}?", "{a} - {b} = ?", "Please take {b} away from {a}.", "How much is {a} minus {b}?"),
+        "×": ("What is {a} × {b}?", "{a} × {b} = ?", "Please multiply {a} by {b}.", "How much is {a} times {b}?"),
+    },
+    "zh": {
+        "+": ("{a} + {b} = ?", "{a} 加 {b} 等于多少？", "请计算 {a} + {b}。", "{a} 加上 {b} 是多少？"),
+        "-": ("{a} - {b} = ?", "{a} 减 {b} 等于多少？", "请计算 {a} - {b}。", "{a} 减去 {b} 是多少？"),
+        "×": ("{a} × {b} = ?", "{a} 乘 {b} 等于多少？", "请计算 {a} × {b}。", "{a} 乘以 {b} 是多少？"),
+    },
+}
+COMPARISON = {
+    "en": {
+        "larger": ("Which is larger, {a} or {b}?", "Compare {a} and {b}: which one is larger?"),
+        "smaller": ("Which is smaller, {a} or {b}?", "Compare {a} and {b}: which one is smaller?"),
+        "reply": "{a} {sign} {b}, so the {kind} one is {answer}.",
+    },
+    "zh": {
+        "larger": ("{a} 和 {b} 哪个更大？", "比较 {a} 和 {b}，哪一个更大？"),
+        "smaller": ("{a} 和 {b} 哪个更小？", "比较 {a} 和 {b}，哪一个更小？"),
+        "reply": "{a} {sign} {b}，所以更{kind}的是 {answer}。",
+    },
+}
+KINDS = {"larger": "大", "smaller": "小"}
+SORTING = {
+    "en": {
+        True: ("Sort from small to large: {x}", "Put these numbers in order, smallest first: {x}"),
+        False: ("Sort from large to small: {x}", "Put these numbers in order, largest first: {x}"),
+    },
+    "zh": {
+        True: ("从小到大排序：{x}", "请把这些数按从小到大的顺序排列：{x}"),
+        False: ("从大到小排序：{x}", "请把这些数按从大到小的顺序排列：{x}"),
+    },
+}
+THINGS = {
+    "en": ("cat", "dog", "bird", "fish", "apple", "book", "tree", "star"),
+    "zh": ("猫", "狗", "鸟", "鱼", "苹果", "书", "树", "星"),
+}
+COUNTING = {
+    "en": ('How many times does "{w}" appear here: {x}', 'Count the word "{w}" in this list: {x}'),
+    "zh": ("“{w}”在这里出现了几次：{x}", "数一数下面有几个“{w}”：{x}"),
+}
+WEEKDAYS = {
+    "en": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "zh": ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"),
+}
+DATES = {
+    "en": {
+        1: ("Today is {d}. Which day of the week is it {n} {days} from now?", "If today is {d}, what day comes {n} {days} later?"),
+        -1: ("Today is {d}. Which day of the week was it {n} {days} ago?", "If today is {d}, what day was {n} {days} earlier?"),
+        "reply": ("{n} {days} after {d} is {answer}.", "{n} {days} before {d} is {answer}."),
+    },
+    "zh": {
+        1: ("今天是{d}，{n} 天后是星期几？", "如果今天是{d}，再过 {n} 天是星期几？"),
+        -1: ("今天是{d}，{n} 天前是星期几？", "如果今天是{d}，往前数 {n} 天是星期几？"),
+        "reply": ("{d}的 {n} 天后是{answer}。", "{d}的 {n} 天前是{answer}。"),
+    },
+}
+UNITS = (  # (big unit, small unit, factor, only at level full)
+    (("kilometres", "千米"), ("metres", "米"), 1000, False),
+    (("metres", "米"), ("centimetres", "厘米"), 100, False),
+    (("kilograms", "千克"), ("grams", "克"), 1000, False),
+    (("litres", "升"), ("millilitres", "毫升"), 1000, True),
+    (("hours", "小时"), ("minutes", "分钟"), 60, True),
+    (("weeks", "星期"), ("days", "天"), 7, True),
+    (("years", "年"), ("months", "个月"), 12, True),
+)
+UNIT_TEXT = {
+    "en": ("How many {small} are {n} {big}?", "Convert {n} {big} to {small}.", "What is {n} {big} in {small}?"),
+    "zh": ("{n} {big}等于多少{small}？", "请把 {n} {big}换算成{small}。", "{n} {big}是多少{small}？"),
+}
+
+
+def end_sentence(language: str) -> str:
+    """The full stop of a language."""
+    return "。" if language == "zh" else "."
+
+
+def join_clauses(parts: list[str], language: str) -> str:
+    """Clauses joined by the comma of a language."""
+    return ("，" if language == "zh" else ", ").join(parts)
+
+
+def work_out(a: int, op: str, b: int) -> list[Step]:
+    """The steps a child writes down for `a op b`, place by place; one step only for what is known by heart."""
+    if not op_key(a, op, b):
+        return [(a, op, b)]
+    if op == "×":
+        big, small = max(a, b), min(a, b)
+        part = 10 if big > 10 else 5
+        if big <= 5:
+            return [(a, op, b)]
+        return [(small, op, part), (small, op, big - part), (small * part, "+", small * (big - part))]
+    steps, results, place, borrow = [], [], 1, 0
+    while a // place or b // place:
+        x, y = a // place % 10 - borrow, b // place % 10
+        borrow = 1 if op == "-" and x < y else 0
+        x = x + 10 * borrow
+        if y and x:
+            steps.append((x * place, op, y * place))
+        results.append(apply(x * place, op, y * place))
+        place *= 10
+    results = [value for value in reversed(results) if value]
+    total = results[0]
+    for value in results[1:]:
+        steps.append((total, "+", value))
+        total += value
+    return steps
+
+
+def step_keys(steps: list[Step]) -> tuple[str, ...]:
+    """The keys of all steps, in order."""
+    return tuple(key for step in steps for key in op_key(*step))
+
+
+def write_steps(steps: list[Step], language: str) -> str:
+    """The steps as equations in one sentence."""
+    return join_clauses([f"{a} {op} {b} = {apply(a, op, b)}" for a, op, b in steps], language)
+
+
+def near_miss(rng: random.Random, value: int) -> int:
+    """A wrong number close to `value`, never negative."""
+    return rng.choice([n for n in (value - 10, value - 2, value - 1, value + 1, value + 2, value + 10) if n >= 0])
+
+
+def draw_operands(rng: random.Random, level: Level) -> Step:
+    """A sum, difference or product in the level's range; a quarter are those known by heart."""
+    ops = "+-×" if level.max_factor else "+-"
+    op = rng.choice(ops)
+    if op == "×":
+        return rng.randint(2, level.max_factor), op, rng.randint(2, level.max_factor)
+    top = 18 if rng.random() < 0.25 else level.max_sum
+    if top > 99 and rng.random() < 0.4:
+        top = 99
+    total = rng.randint(2, top)
+    part = rng.randint(1, total - 1) if top > 18 else rng.randint(max(1, total - 9), min(9, total - 1))
+    return (part, op, total - part) if op == "+" else (total, op, part)
+
+
+def arithmetic(rng: random.Random, language: str, level: Level) -> Item:
+    """Sums, differences and, at level full, products; small tables are always training material."""
+    a, op, b = draw_operands(rng, level)
+    steps, stop = work_out(a, op, b), end_sentence(language)
+    answer = str(apply(a, op, b))
+    final = f"{a} {op} {b} = {answer}{stop}"
+    thought = write_steps(steps, language) + stop
+    reply = final
+    if len(steps) > 1 and level.worked:
+        reply = f"{thought}{'所以 ' if language == 'zh' else ' So '}{final}"
+    wrong = f"{a} {op} {b} = {near_miss(rng, int(answer))}{stop}"
+    question = rng.choice(ARITHMETIC[language][op]).format(a=a, b=b)
+    prose = rng.choice([final, f"{question} {reply}", f"{question} {reply}"])
+    return Item(
+        "arithmetic", language, tuple(dict.fromkeys(op_key(a, op, b) + step_keys(steps))), (Turn(question, reply),),
+        answer, thought=thought, short=final, prose=prose, wrong=wrong,
+    )  # fmt: skip
+
+
+def comparison(rng: random.Random, language: str, level: Level) -> Item:
+    """Which of two numbers is larger or smaller; chance is one half."""
+    top = rng.choice([level.max_sum, 99]) if level.max_sum > 99 else level.max_sum
+    a, b = rng.sample(range(top + 1), 2)
+    kind = rng.choice(["larger", "smaller"])
+    text = COMPARISON[language]
+    word = kind if language == "en" else KINDS[kind]
+    answer, other = (max(a, b), min(a, b)) if kind == "larger" else (min(a, b), max(a, b))
+    sign = "<" if a < b else ">"
+    reply = text["reply"].format(a=a, b=b, sign=sign, kind=word, answer=answer)
+    wrong = text["reply"].format(a=a, b=b, sign="<>"[sign == "<"], kind=word, answer=other)
+    question = rng.choice(text[kind]).format(a=a, b=b)
+    thought = f"{a} {sign} {b}{end_sentence(language)}"
+    return Item(
+        "comparison", language, (f"cmp:{min(a, b)},{max(a, b)}",), (Turn(question, reply),), str(answer), 0.5,
+        thought=thought, short=str(answer) + end_sentence(language), prose=f"{question} {reply}", wrong=wrong,
+    )  # fmt: skip
+
+
+def sorting(rng: random.Random, language: str, level: Level) -> Item:
+    """Puts a few different numbers in order; chance is one over the number of orders."""
+    size = rng.choice(level.sort_sizes)
+    numbers = rng.sample(range(1, level.sort_max + 1), size)
+    upwards = rng.random() < 0.5
+    ordered = sorted(numbers, reverse=not upwards)
+    shown, answer = ", ".join(map(str, numbers)), ", ".join(map(str, ordered))
+    swapped = ordered[1:2] + ordered[0:1] + ordered[2:]
+    question = rng.choice(SORTING[language][upwards]).format(x=shown)
+    orders = 1
+    for n in range(2, size + 1):
+        orders *= n
+    thought = join_clauses([f"{i} → {n}" for i, n in enumerate(ordered, 1)], language) + end_sentence(language)
+    return Item(
+        "sorting", language, ("sort:" + ",".join(map(str, sorted(numbers))),), (Turn(question, answer),), answer,
+        1 / orders, thought=thought, short=answer, prose=f"{question}\n{answer}", wrong=", ".join(map(str, swapped)),
+    )  # fmt: skip
+
+
+def counting(rng: random.Random, language: str, level: Level) -> Item:
+    """How often a word stands in a list, counted aloud; chance is one over the possible counts."""
+    low, high = level.count_sizes
+    size = rng.randint(low, high)
+    kinds = rng.sample(range(len(THINGS["en"])), rng.choice((2, 2, 3)))
+    listed = [rng.choice(kinds) for _ in range(size)]
+    target = kinds[0]
+    word, words = THINGS[language][target], [THINGS[language][kind] for kind in listed]
+    aloud, count = [], 0
+    for kind, name in zip(listed, words):
+        count += kind == target
+        aloud.append(f"{name} {count}" if kind == target else name)
+    separator = "、" if language == "zh" else ", "
+    question = rng.choice(COUNTING[language]).format(w=word, x=separator.join(words))
+    stop = end_sentence(language)
+    lead = "一共 " if language == "zh" else "That makes "
+    final = f"{lead}{count}{stop}"
+    thought = separator.join(aloud) + stop
+    gap = "" if language == "zh" else " "
+    reply = thought + gap + final if level.worked else final
+    key = "count:" + ",".join([str(target), *map(str, listed)])
+    return Item(
+        "counting", language, (key,), (Turn(question, reply),), str(count), 1 / (high + 1), thought=thought,
+        short=final, prose=f"{question} {reply}", wrong=f"{lead}{near_miss(rng, count)}{stop}",
+    )  # fmt: skip
+
+
+def dates(rng: random.Random, language: str, level: Level) -> Item:
+    """The day of the week so many days later or earlier, counted off day by day; chance is 1/7."""
+    start, n, sign = rng.randrange(7), rng.randint(1, level.max_days), rng.choice((1, -1))
+    names, text = WEEKDAYS[language], DATES[language]
+    answer = names[(start + sign * n) % 7]
+    fields = {"d": names[start], "n": n, "days": "day" if n == 1 else "days", "answer": answer}
+    question = rng.choice(text[sign]).format(**fields)
+    final = text["reply"][sign < 0].format(**fields)
+    if n <= 7:
+        parts = [f"{i} {names[(start + sign * i) % 7]}" for i in range(1, n + 1)]
+        thought = join_clauses(parts, language)
+    else:
+        rest = n % 7
+        thought = f"{n} = {n // 7} × 7 + {rest}"
+        parts = [f"{i} {names[(start + sign * i) % 7]}" for i in range(1, rest + 1)]
+        thought = join_clauses([thought, *parts], language)
+    thought += end_sentence(language)
+    gap = "" if language == "zh" else " "
+    reply = thought + gap + final if level.worked else final
+    wrong = text["reply"][sign < 0].format(**{**fields, "answer": names[(start + sign * n + rng.randint(1, 6)) % 7]})
+    return Item(
+        "dates", language, (f"day:{start}{'+' if sign > 0 else '-'}{n}",), (Turn(question, reply),), answer, 1 / 7,
+        choices=names, thought=thought, short=final, prose=f"{question} {reply}", wrong=wrong,
+    )  # fmt: skip
+
+
+def units(rng: random.Random, language: str, level: Level) -> Item:
+    """Converts a whole number of a larger unit into a smaller one."""
+    big, small, factor, _ = rng.choice([unit for unit in UNITS if level.name == "full" or not unit[3]])
+    high = 99 if factor in (100, 1000) else 12
+    n = rng.randint(2, high)
+    side = language == "zh"
+    fields = {"n": n, "big": big[side], "small": small[side]}
+    answer = n * factor
+    question = rng.choice(UNIT_TEXT[language]).format(**fields)
+    verb = "等于" if side else "is"
+    gap = "" if side else " "
+    final = f"{n} {big[side]}{gap}{verb} {answer} {small[side]}{end_sentence(language)}"
+    wrong = final.replace(str(answer), str(rng.choice((answer * 10, answer // 10, answer + factor))))
+    thought = f"{n} × {factor} = {answer}{end_sentence(language)}"
+    return Item(
+        "units", language, (f"unit:{big[0]}>{small[0]}:{n}",), (Turn(question, final),), str(answer),
+        thought=thought, short=final, prose=rng.choice([final, f"{question} {final}"]), wrong=wrong,
+    )  # fmt: skip

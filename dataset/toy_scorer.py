@@ -1,0 +1,201 @@
+"""Questions of the toy world put to a model: the protocol, the scorer and the table of accuracies."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from dataset.toy_tools import run_tool
+
+MAX_TOOL_ROUNDS = 3
+NUMBER = re.compile(r"(?:负|minus |negative |(?<![\d.)\]])(?<![\d)\]] )[-−])?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)"
+                    r"|(?:负|minus |negative |(?<![\d.)\]])(?<![\d)\]] )[-−])?\d+(?:\.\d+)?")  # fmt: skip
+MARKER = re.compile(r"(?:answer|result)(?: is|:|：)|答案(?:是|为|：|:)|结果(?:是|为|：|:)|####|\\boxed\{", re.IGNORECASE)
+CHINESE_NUMBER = re.compile(r"负?[零一二两三四五六七八九十百千万]+")
+DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两": 2}
+UNITS = {"十": 10, "百": 100, "千": 1000}
+TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+Generate = Callable[[list[dict], list[dict] | None], str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out question. `messages` is the prompt; `follow_ups` are later user turns; `calls` the tool calls
+    (name, arguments) that must be made; `tools` the schemas on offer, None if there are none."""
+
+    skill: str
+    language: str
+    messages: list[dict]
+    answer: str
+    chance: float = 0.0
+    choices: tuple[str, ...] = ()
+    manners: tuple[str, ...] = ()
+    tools: list[dict] | None = None
+    calls: tuple[tuple[str, dict], ...] = ()
+    follow_ups: tuple[str, ...] = ()
+    key: str = ""
+
+
+def strip_thinking(reply: str) -> str:
+    """The reply after its thinking; empty if the thinking never ends."""
+    return reply.rpartition("</think>")[2].partition("<think>")[0].strip()
+
+
+def normalise(text: str) -> str:
+    """Full-width digits and signs become ASCII, 周 and 礼拜 become 星期, 星期天 becomes 星期日."""
+    wide = "０１２３４５６７８９，．：－"
+    text = text.translate(str.maketrans(wide, "0123456789,.:-"))
+    return re.sub(r"(?:周|礼拜|星期)([一二三四五六日天])", lambda m: "星期" + m[1].replace("天", "日"), text)
+
+
+def chinese_value(text: str) -> int:
+    """The value of a Chinese numeral below 100 million: 二百零五 is 205."""
+    sign, text = (-1, text[1:]) if text[0] == "负" else (1, text)
+    if "万" in text:
+        high, _, low = text.partition("万")
+        return sign * (chinese_value(high or "一") * 10_000 + (chinese_value(low) if low else 0))
+    total = digit = 0
+    for char in text:
+        if char in UNITS:
+            total, digit = total + (digit or 1) * UNITS[char], 0
+        elif char in DIGITS:
+            digit = DIGITS[char]
+    return sign * (total + digit)
+
+
+def to_number(text: str) -> Fraction | None:
+    """The number that the whole text is, or None."""
+    match = NUMBER.fullmatch(text.strip())
+    if not match:
+        return None
+    digits = re.sub(r"[^\d.]", "", match[0])
+    return -Fraction(digits) if match[0][0] in "负mn-−M" else Fraction(digits)
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    """All numbers of a text; Chinese numerals count where there are no digits at all."""
+    found = [to_number(match[0]) for match in NUMBER.finditer(text)]
+    return found or [Fraction(chinese_value(match[0])) for match in CHINESE_NUMBER.finditer(text)]
+
+
+def final_number(reply: str) -> Fraction | None:
+    """The first number after "the answer is", else the last number of the reply."""
+    markers = list(MARKER.finditer(reply))
+    after = numbers_in(reply[markers[-1].end() :]) if markers else []
+    if after:
+        return after[0]
+    numbers = numbers_in(reply)
+    return numbers[-1] if numbers else None
+
+
+def final_list(reply: str) -> list[Fraction]:
+    """All numbers of the last line that has any, after its last colon."""
+    lines = [line for line in reply.splitlines() if numbers_in(line)]
+    return numbers_in(re.split(r"[:：]", lines[-1])[-1].replace(",", ", ")) if lines else []
+
+
+def last_mention(reply: str, candidates: Iterable[str]) -> str | None:
+    """Which candidate is named last, as a whole word where it is written in Latin letters."""
+    best, where = None, (-1, -1)
+    for candidate in candidates:
+        word = re.escape(candidate.lower())
+        pattern = rf"(?<![a-z0-9]){word}(?![a-z0-9])" if candidate.isascii() else word
+        for match in re.finditer(pattern, reply.lower()):
+            if (match.end(), match.end() - match.start()) > where:
+                best, where = candidate, (match.end(), match.end() - match.start())
+    return best
+
+
+def score(question: Question, reply: str) -> bool:
+    """True if the reply's final answer is right: a number, a list in order, or a name among its rivals.
+
+    Thinking is cut off first. A number counts as number (15, 15.0, １５ and 十五 agree, 150 does not); of a name
+    and its rivals the last one mentioned counts; where manners are asked for, one of the phrases must occur.
+    """
+    reply, answer = normalise(strip_thinking(reply)), normalise(question.answer)
+    if question.manners and not any(phrase in reply for phrase in question.manners):
+        return False
+    number = to_number(answer)
+    if number is not None:
+        return final_number(reply) == number
+    if re.fullmatch(r"-?\d+(, -?\d+)+", answer):
+        wanted = numbers_in(answer)
+        return final_list(reply) == wanted or (bool(question.calls) and numbers_in(reply)[-len(wanted) :] == wanted)
+    return last_mention(reply, (answer, *map(normalise, question.choices))) == answer
+
+
+def parse_tool_calls(reply: str) -> list[tuple[str, dict]]:
+    """The (name, arguments) of all well-formed `<tool_call>` blocks of a reply; broken ones are left out."""
+    calls = []
+    for block in TOOL_CALL.findall(strip_thinking(reply)):
+        try:
+            call = json.loads(block)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict):
+            calls.append((call["name"], call["arguments"]))
+    return calls
+
+
+def ask(question: Question, generate: Generate) -> tuple[bool, list[dict]]:
+    """Holds the whole conversation of a question: (was it answered rightly, the messages).
+
+    `generate(messages, tools)` returns the assistant's raw reply. Tool calls in it are run and their results
+    handed back, at most three times per turn; follow-up questions are asked after the model's own replies. A
+    question with tools is right only if the calls it needs were made, in whatever spelling gives their result.
+    """
+    messages, made, reply = list(question.messages), set(), ""
+    for turn in (None, *question.follow_ups):
+        if turn is not None:
+            messages.append({"role": "user", "content": turn})
+        for _ in range(MAX_TOOL_ROUNDS + 1):
+            reply = generate(messages, question.tools)
+            calls = parse_tool_calls(reply) if question.tools else []
+            if not calls:
+                break
+            tool_calls = [{"name": name, "arguments": arguments} for name, arguments in calls]
+            messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls})
+            for name, arguments in calls:
+                result = run_tool(name, arguments)
+                made.add((name, result))
+                messages.append({"role": "tool", "content": result})
+        messages.append({"role": "assistant", "content": strip_thinking(reply)})
+    needed = {(name, run_tool(name, arguments)) for name, arguments in question.calls}
+    return needed <= made and score(question, reply), messages
+
+
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share (E. B. Wilson, 1927); (0, 1) for no trials."""
+    if n == 0:
+        return 0.0, 1.0
+    share = correct / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy_table(results: Iterable[tuple[Question, bool]]) -> list[dict]:
+    """One row per skill, then "overall": skill, n, accuracy, chance (mean over its questions), low, high (95%)."""
+    results = list(results)
+    groups = {skill: [] for skill in dict.fromkeys(question.skill for question, _ in results)}
+    for question, correct in results:
+        groups[question.skill].append((question, correct))
+    rows = []
+    for skill, group in [*groups.items(), ("overall", results)]:
+        n, right = len(group), sum(correct for _, correct in group)
+        low, high = wilson(right, n)
+        chance = sum(question.chance for question, _ in group) / max(n, 1)
+        rows.append({"skill": skill, "n": n, "accuracy": right / max(n, 1), "chance": chance, "low": low, "high": high})
+    return rows
+
+
+def format_table(rows: list[dict]) -> str:
+    """The rows of `accuracy_table` as aligned text, shares in percent."""
+    lines = [f"{'skill':<14} {'n':>5} {'accuracy':>9} {'chance':>7}  95% interval"]
+    for row in rows:
+        shares = (100 * row[name] for name in ("accuracy", "chance", "low", "high"))
+        lines.append(f"{row['skill']:<14} {row['n']:>5} {'{:>8.1f}% {:>6.1f}%  {:.1f} to {:.1f}'.format(*shares)}")
+    return "\n".join(lines)
