@@ -64,33 +64,35 @@ def check_conversation(messages: Any, tools: Any = None) -> None:
 
 
 def _check_message(i: int, message: dict) -> None:
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"message {i} has role {role!r}. Use one of {', '.join(ROLES)}.")
+    calls = _json_list(message.get("tool_calls"), f"message {i}: tool_calls")
     if calls and role != "assistant":
         raise ValueError(f"message {i}: tool_calls on role {role}. Only the assistant calls tools.")
-    if message.get("tools") and (role != "system" or i > 0):
-        raise ValueError(f"message {i}: tools on role {role}. Put them on a system message that comes first.")
-    for n, call in enumerate(_check_json_list(calls, f"message {i}: tool_calls")):
+    for n, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"message {i}: tool_calls[{n}] has no name. Give {{'name': ..., 'arguments': {{...}}}}.")
         if not isinstance(function.get("arguments"), dict | str | None):
             raise ValueError(f"message {i}: tool_calls[{n}] has arguments of another type. Give an object.")
-    _check_tools(message.get("tools"), f"message {i}: tools")
+    if _check_tools(message.get("tools"), f"message {i}: tools") and (role != "system" or i > 0):
+        raise ValueError(f"message {i}: tools on role {role}. Put them on a system message that comes first.")
     if not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f"message {i} ({role}) has content of type {type(content).__name__}. Give a string.")
     if not isinstance(message.get("reasoning_content"), str | None):
         raise ValueError(f"message {i}: reasoning_content is no string. Give a string, or leave it out.")
 
 
-def _check_tools(tools: Any, what: str) -> None:
-    for n, tool in enumerate(_check_json_list(tools, what)):
+def _check_tools(value: Any, what: str) -> list:
+    tools = _json_list(value, what)
+    for n, tool in enumerate(tools):
         if not isinstance(tool, dict | str):
             raise ValueError(f"{what}[{n}] is a {type(tool).__name__}. Give the function's JSON schema as an object.")
+    return tools
 
 
-def _check_json_list(value: Any, what: str) -> list:
+def _json_list(value: Any, what: str) -> list:
     """Return a list that is given as it is, as JSON, or as nothing (None, "", "[]", "null")."""
     if isinstance(value, str):
         try:
@@ -107,7 +109,7 @@ def normalize_conversation(messages: list[dict], tools: list | str | None = None
 
     Assistant content that begins with `<think>...</think>` becomes reasoning_content and content.
     """
-    tools = _check_json_list(tools, "tools") or None
+    tools = _json_list(tools, "tools") or None
     return [_normalize_message(message) for message in messages], tools
 
 
@@ -115,7 +117,7 @@ def _normalize_message(message: dict) -> dict:
     message = {key: value for key, value in message.items() if value is not None}
     for key in ("tools", "tool_calls"):
         if key in message:
-            message[key] = _check_json_list(message[key], key)
+            message[key] = _json_list(message[key], key)
     if message["role"] == "assistant" and "reasoning_content" not in message:
         if think := THINK.fullmatch(message.get("content", "")):
             message["reasoning_content"], message["content"] = think[1], think[2]

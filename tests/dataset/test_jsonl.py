@@ -1,0 +1,100 @@
+import gzip
+import lzma
+
+import pytest
+
+from dataset.jsonl import in_share, iter_lines, parse_row, read_rows, split_share
+
+ROWS = [{"text": "one\u2028still one\x85\x0b\x0c"}, {"text": "二"}, {"text": ""}]
+RAW = '{"text": "one\u2028still one\x85\\u000b\\u000c"}\n\n  \n{"text": "二"}\r\n{"text": ""}'.encode()
+
+
+@pytest.mark.parametrize(("name", "opener"), [("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)])
+def test_rows_of_every_kind_of_file(tmp_path, name, opener):
+    with opener(tmp_path / name, "wb") as file:
+        file.write(RAW)
+    # Blank lines are passed over but counted; only "\n" ends a line, with or without "\r" before it.
+    assert list(read_rows(tmp_path / name)) == [(1, ROWS[0]), (4, ROWS[1]), (5, ROWS[2])]
+    assert [line_no for line_no, _ in iter_lines(str(tmp_path / name))] == [1, 4, 5]
+    assert list(iter_lines(tmp_path / name))[1] == (4, '{"text": "二"}')
+
+
+def test_byte_order_mark_at_the_start_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert list(read_rows(tmp_path / "a.jsonl")) == [(1, {"text": "a"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON (Expecting property name enclosed in double quotes, column 2). Put one JSON object on each line."),
+        ("[1]", "a list, not an object. Each line must be a JSON object in braces."),
+        ('"text"', "a str, not an object. Each line must be a JSON object in braces."),
+        ("null", "a NoneType, not an object. Each line must be a JSON object in braces."),
+        (r'{"text": "\ud83d"}', r"half of a surrogate pair (\ud800-\udfff). Remove or repair that character."),
+        (r'{"text": ["\uDC00"]}', r"half of a surrogate pair (\ud800-\udfff). Remove or repair that character."),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, line, message):
+    with pytest.raises(ValueError) as caught:
+        parse_row(line)
+    assert str(caught.value) == message
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n", encoding="utf-8")
+    rows = read_rows(path)
+    assert next(rows) == (1, {"text": "good"})
+    with pytest.raises(ValueError) as caught:
+        next(rows)
+    assert str(caught.value) == f"{path}:3: {message}"
+
+
+def test_whole_surrogate_pairs_and_escaped_backslashes_are_text():
+    assert parse_row(r'{"text": "\ud83d\ude00 \\ud83d"}') == {"text": "😀 \\ud83d"}
+
+
+def test_bad_files_are_named(tmp_path):
+    def error(name, content=None):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            list(iter_lines(tmp_path / name))
+        return str(caught.value).removeprefix(str(tmp_path / name))
+
+    assert error("none.jsonl") == ": no such file. Check the path, or make or download the data first."
+    assert error("a.txt", b"{}") == ": unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz."
+    assert error("b.jsonl", b"") == ": the file is empty. Give a file with one JSON object per line."
+    assert error("c.jsonl", b"\n \n") == ": the file is empty. Give a file with one JSON object per line."
+    assert error("d.jsonl.gz", gzip.compress(b"")) == ": the file is empty. Give a file with one JSON object per line."
+    assert error("e.jsonl", b"{}\n\xff\n") == ":2: not UTF-8 (invalid start byte). Convert the file to UTF-8."
+    for name, content in (
+        ("f.jsonl.gz", b"{}\n"),
+        ("g.jsonl.xz", b"{}\n"),
+        ("h.jsonl.gz", gzip.compress(RAW)[:-9]),
+        ("i.jsonl.xz", lzma.compress(RAW)[:-20]),
+    ):
+        assert ": damaged archive (" in error(name, content)
+        assert error(name).endswith("). Fetch or compress it again.")
+
+
+def test_a_missing_file_is_reported_before_the_first_row_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_split_share():
+    assert split_share("a/b.jsonl@0.4") == ("a/b.jsonl", 0.4)
+    assert split_share("a@2/b.jsonl") == ("a@2/b.jsonl", 1.0)
+    assert split_share("me@home.jsonl") == ("me@home.jsonl", 1.0)
+    assert split_share("a.jsonl@1") == ("a.jsonl", 1.0)
+    for share in ("0", "1.5", "-0.1", ".", "1e"):
+        with pytest.raises(ValueError, match=r"is not a share\. Give one above 0 and at most 1, as in a\.jsonl@0\.4"):
+            split_share(f"a.jsonl@{share}")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.4, 0.5])
+def test_a_share_is_even_and_keeps_step_with_no_other_rule(share):
+    kept = [line_no for line_no in range(1, 10_001) if in_share(line_no, share)]
+    assert abs(len(kept) - share * 10_000) <= 3
+    assert abs(sum(line_no <= 5_000 for line_no in kept) - share * 5_000) <= 3
+    assert abs(sum(line_no % 50 == 0 for line_no in kept) - share * 200) <= 4
+    assert all(in_share(line_no, 1.0) for line_no in range(1, 100))
