@@ -1,0 +1,79 @@
+"""Show the sequences of a dataset as text, with what is trained on in colour: the first look at any new data.
+
+    python dataset/lm_dataset.py --inspect my_data.jsonl --rows 3 --max_seq_len 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from dataset.jsonl import read_rows, split_share
+from dataset.lm_dataset import BAD_ROWS, ROOT, PretrainDataset, SFTDataset
+from dataset.packing import IGNORE, pack
+
+STAGES = {"pretrain": PretrainDataset, "sft": SFTDataset}
+
+
+def show_rows(dataset, tokenizer, count: int, out=None) -> None:
+    """Print the first `count` sequences of a dataset as text, then its report and the waste of packing it.
+
+    What is trained on is green on a terminal; elsewhere, or with NO_COLOR set, it stands in ⟦ ⟧.
+    """
+    out = out or sys.stdout
+    colour = out.isatty() and not os.environ.get("NO_COLOR")
+    begin, end = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
+    for index in range(min(count, len(dataset))):
+        sequence = dataset[index]
+        trained = sequence["labels"] != IGNORE
+        print(f"--- sequence {index}: {len(trained)} tokens, {trained.sum()} trained on", file=out)
+        pairs = zip(sequence["input_ids"].tolist(), trained.tolist(), strict=True)
+        for is_target, run in groupby(pairs, key=lambda pair: pair[1]):
+            text = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+            print(f"{begin}{text}{end}" if is_target else text, end="", file=out)
+        print(file=out)
+    print("---", file=out)
+    print(dataset.report, file=out)
+    print(f"packed in rows of {dataset.max_seq_len}: {packing_waste(dataset):.2%} padding", file=out)
+
+
+def packing_waste(dataset) -> float:
+    """Return the share of positions that are padding when the dataset is packed in rows of its max_seq_len."""
+    num_rows = len(pack(dataset.lengths, dataset.max_seq_len, seed=0, epoch=0))
+    return 1 - int(dataset.lengths.sum()) / (num_rows * dataset.max_seq_len)
+
+
+def _stage_of(path: str) -> str:
+    _, row = next(read_rows(split_share(path)[0]))
+    return "sft" if "conversations" in row else "pretrain"
+
+
+def main(argv=None) -> None:
+    """Run the command line of `dataset/lm_dataset.py`."""
+    parser = argparse.ArgumentParser(description="Show what a data file becomes in training.")
+    parser.add_argument("--inspect", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.xz")
+    parser.add_argument("--stage", choices=STAGES, help="default: by the first row")
+    parser.add_argument("--rows", type=int, default=3, help="sequences to print")
+    parser.add_argument("--max_seq_len", type=int, default=512)
+    parser.add_argument("--bad_rows", choices=BAD_ROWS, default="stop")
+    parser.add_argument("--tokenizer", default=str(ROOT / "model"), help="folder")
+    parser.add_argument("--cache_dir", help="default: dataset/cache")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    args = parser.parse_args(argv)
+    from transformers import AutoTokenizer  # seconds: not before the arguments are known to be good
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    try:
+        dataset = STAGES[args.stage or _stage_of(args.inspect)](
+            args.inspect, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, cache_dir=args.cache_dir)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    show_rows(dataset, tokenizer, args.rows)
+    if args.json:
+        figures = {**asdict(dataset.report), "padding_share": packing_waste(dataset), "fingerprint": dataset.fingerprint}
+        Path(args.json).write_text(json.dumps(figures, ensure_ascii=False, indent=1), encoding="utf-8")

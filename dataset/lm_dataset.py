@@ -1,0 +1,293 @@
+"""Datasets of token sequences for the stages that learn from text: pretraining and supervised fine-tuning.
+
+Look at what a stage is trained on, as text, with the trained tokens in colour:
+
+    python dataset/lm_dataset.py --inspect my_data.jsonl --rows 3
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from dataset import token_cache
+from dataset.chat_format import _plain_encoder, check_conversation, encode_conversation
+from dataset.jsonl import in_share, iter_lines, parse_row, split_share
+from dataset.packing import IGNORE
+from dataset.token_cache import EncodedBlock, LineBlock, Report
+
+FORMAT_VERSION = 1  # raise it when the same row gives other sequences than before: old caches are then left alone
+BLOCK_ROWS, BLOCK_CHARS = 1000, 1_000_000  # a block is full when either is reached
+BAD_ROWS = ("stop", "skip")
+DEFAULT_CACHE = ROOT / "dataset" / "cache"
+SYSTEM_PROMPTS = {
+    "zh": ("你是一个乐于助人的助手。", "你是一个可靠的助手，回答准确、简洁。", "请认真阅读问题，给出清楚的回答。",
+           "你是一名友好的助手，不知道的事情会直接说不知道。"),
+    "en": ("You are a helpful assistant.", "You are a reliable assistant. Answer precisely and briefly.",
+           "Read the question with care and give a clear answer.",
+           "You are a friendly assistant who says so when something is unknown."),
+}
+
+
+def token_byte_lengths(tokenizer) -> torch.Tensor:
+    """Bytes of text that each token stands for, int64 [V]; 0 for the added tokens, which stand for no text.
+
+    Holds for byte-level vocabularies, where each character of a token's spelling is one byte. Summed over the targets
+    it is the denominator of bits per byte.
+    """
+    added = set(tokenizer.get_added_vocab().values())
+    spellings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return torch.tensor([0 if i in added else len(spelling) for i, spelling in enumerate(spellings)])
+
+
+class RowEncoder:
+    """Turn blocks of lines into token sequences; a subclass says what one row becomes."""
+
+    def __init__(self, tokenizer, max_seq_len: int, bad_rows: str):
+        self.tokenizer, self.max_seq_len, self.bad_rows = tokenizer, max_seq_len, bad_rows
+        self.id_dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+        self.byte_lengths = token_byte_lengths(tokenizer).numpy()
+
+    def encode_row(self, row: dict, where: str, draw_key: str, report: Report) -> list[tuple[list[int], list[bool]]]:
+        """Return the sequences (input_ids, is_target) of a row; ValueError "what is wrong. way out"."""
+        raise AssertionError("a subclass encodes rows")
+
+    def __call__(self, block: LineBlock) -> EncodedBlock:
+        report, sequences, documents = Report(), [], []
+        for line_no, line in block.lines:
+            where = f"{block.path}:{line_no}"
+            report.rows_read += 1
+            try:
+                found = self.encode_row(parse_row(line), where, f"{block.file_index}:{line_no}", report)
+            except ValueError as error:
+                if self.bad_rows == "stop":
+                    raise ValueError(f"{where}: {error}") from error
+                report.note("skipped", f"{where} ({str(error).split('. ')[0]})")
+                continue
+            report.rows_used += bool(found)
+            sequences += found
+            documents += [_line_hash(line)] * len(found)
+        return self._gather(sequences, documents, report)
+
+    def _gather(self, sequences, documents, report: Report) -> EncodedBlock:
+        lengths = np.array([len(ids) for ids, _ in sequences], dtype=np.int64)
+        input_ids = np.array([i for ids, _ in sequences for i in ids], dtype=self.id_dtype)
+        is_target = np.array([t for _, mask in sequences for t in mask], dtype=np.uint8)
+        report.sequences, report.tokens = len(lengths), len(input_ids)
+        report.targets = int(is_target.sum())
+        report.target_bytes = int(self.byte_lengths[input_ids[is_target == 1]].sum())
+        columns = {"input_ids": input_ids, "is_target": is_target}
+        return EncodedBlock(columns, lengths, np.array(documents, dtype=np.uint64), report)
+
+
+def _line_hash(line: str) -> int:
+    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "little")
+
+
+class PretrainEncoder(RowEncoder):
+    """`{"text"}` -> the document between two `<|endoftext|>`, in windows of max_seq_len that share one token.
+
+    The shared token is the last target of one window and the first input of the next, so that every token of a
+    document is a target exactly once.
+    """
+
+    def __init__(self, tokenizer, max_seq_len: int, bad_rows: str):
+        super().__init__(tokenizer, max_seq_len, bad_rows)
+        self.mark = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+    def encode_row(self, row, where, draw_key, report):
+        if "text" not in row:
+            raise ValueError(f'no "text" among the keys {list(row)}. A pretraining row is {{"text": "..."}}.')
+        text = row["text"]
+        if not isinstance(text, str):
+            raise ValueError(f'"text" is of type {type(text).__name__}. Give a string.')
+        if not text.strip():
+            raise ValueError('"text" is empty. Leave the row out.')
+        # What looks like a special token in a document is text. The fast batch call spares the offsets.
+        ids = [self.mark, *_plain_encoder(self.tokenizer).encode_batch_fast([text])[0].ids, self.mark]
+        step = self.max_seq_len - 1
+        windows = [ids[start : start + step + 1] for start in range(0, len(ids) - 1, step)]
+        return [(window, [False] + [True] * (len(window) - 1)) for window in windows]
+
+
+class SFTEncoder(RowEncoder):
+    """`{"conversations"}` -> the rendered conversation; targets are what the assistant wrote."""
+
+    def __init__(self, tokenizer, max_seq_len: int, bad_rows: str, system_prompt_share: float,
+                 empty_think_share: float, seed: int):
+        super().__init__(tokenizer, max_seq_len, bad_rows)
+        self.system_prompt_share, self.empty_think_share, self.seed = system_prompt_share, empty_think_share, seed
+
+    def encode_row(self, row, where, draw_key, report):
+        if "conversations" not in row:
+            raise ValueError(f'no "conversations" among the keys {list(row)}. An SFT row is {{"conversations": '
+                             '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.')
+        check_conversation(row["conversations"])
+        input_ids, is_target = encode_conversation(self.tokenizer, self.augment(row["conversations"], draw_key))
+        cut = len(input_ids) > self.max_seq_len
+        input_ids, is_target = input_ids[: self.max_seq_len], is_target[: self.max_seq_len]
+        if not any(is_target[1:]):
+            report.note("no_target", where)
+            return []
+        if cut:
+            report.note("cut", where)
+        return [(input_ids, [False, *is_target[1:]])]
+
+    def augment(self, messages: list[dict], draw_key: str) -> list[dict]:
+        """Return the messages, some with a system prompt or an empty think block put in: by (seed, row) alone."""
+        draws = random.Random(f"{self.seed}:{draw_key}")
+        system, think, which = draws.random(), draws.random(), draws.random()
+        if system < self.system_prompt_share and all(message["role"] != "system" for message in messages):
+            first = messages[0]["content"] or ""
+            prompts = SYSTEM_PROMPTS["zh" if any("\u4e00" <= char <= "\u9fff" for char in first) else "en"]
+            messages = [{"role": "system", "content": prompts[int(which * len(prompts))]}, *messages]
+        if think < self.empty_think_share:
+            last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+            if last is not None and not _has_reasoning(messages[last]):
+                messages = [*messages[:last], {**messages[last], "reasoning_content": ""}, *messages[last + 1 :]]
+        return messages
+
+
+def _has_reasoning(message: dict) -> bool:
+    return message.get("reasoning_content") is not None or (message.get("content") or "").startswith("<think>")
+
+
+class TokenDataset:
+    """Sequences of token ids with their labels, read from a cache that the first use builds.
+
+    `dataset[i]` is `{"input_ids": int64 [n], "labels": int64 [n]}`, n <= max_seq_len; labels are not shifted, those
+    that are not trained are -100, the first always is. `lengths` int64 [N]; `report` says what became of the rows;
+    `fingerprint` names the content. A path may end in `@0.4`: use that share of its rows, always the same ones.
+
+    ValueError `path:line: what is wrong. way out` at a faulty row, unless bad_rows is "skip".
+    """
+
+    def __init__(self, data_path, encoder: RowEncoder, options: dict, cache_dir, num_proc: int | None):
+        if encoder.bad_rows not in BAD_ROWS:
+            raise ValueError(f"bad_rows is {encoder.bad_rows!r}. Give one of {', '.join(BAD_ROWS)}.")
+        if encoder.max_seq_len < 2:
+            raise ValueError(f"max_seq_len is {encoder.max_seq_len}. Give 2 or more: a sequence predicts its tokens "
+                             "after the first.")
+        paths = [data_path] if isinstance(data_path, str | Path) else list(data_path)
+        if not paths:
+            raise ValueError("data_path is empty. Give at least one .jsonl file.")
+        self.max_seq_len = encoder.max_seq_len
+        sources = [split_share(path) for path in paths]
+        self.fingerprint = token_cache.fingerprint(
+            format=FORMAT_VERSION, encoder=type(encoder).__name__, max_seq_len=encoder.max_seq_len,
+            files=[[token_cache.file_sha256(path), share] for path, share in sources],
+            tokenizer=token_cache.tokenizer_sha256(encoder.tokenizer), bad_rows=encoder.bad_rows, **options)
+        self._table = token_cache.open_or_build(
+            Path(cache_dir or DEFAULT_CACHE) / self.fingerprint,
+            lambda: token_cache.encode_blocks(encoder, _line_blocks(sources), num_proc, _count_rows(sources)))
+        self.report = self._table.report
+        self.rows = np.arange(len(self._table))  # of the table: a view of a split has some of them
+        self.lengths = self._table.lengths
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self.rows[index]
+        input_ids = self._table["input_ids", row].astype(np.int64)
+        return {"input_ids": input_ids, "labels": np.where(self._table["is_target", row], input_ids, IGNORE)}
+
+    def held_out_split(self, share: float, seed: int = 0, max_rows: int | None = None):
+        """Return (training view, validation view): `share` of the documents, at most `max_rows`, are held out.
+
+        A hash of each row's text decides, so duplicates and all windows of a document fall on the same side, wherever
+        they stand. Both views are datasets like this one; their `report` is of the whole.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"the share to hold out is {share}. Give one between 0 and 1.")
+        documents = self._table.documents[self.rows]
+        unique = np.unique(documents)
+        if len(unique) < 2:
+            raise ValueError("one document cannot be split. Give more data, or a validation file of its own.")
+        count = min(max(1, round(share * len(unique))), len(unique) - 1, max_rows or len(unique))
+        salt = np.uint64(_line_hash(f"held out {seed}"))
+        chosen = unique[np.argsort(_scramble(unique ^ salt))[:count]]
+        held_out = np.isin(documents, chosen)
+        name = f"{share}:{seed}:{max_rows}"
+        return self._view(~held_out, f"train:{name}"), self._view(held_out, f"held_out:{name}")
+
+    def _view(self, keep: np.ndarray, name: str):
+        view = copy.copy(self)
+        view.rows, view.lengths = self.rows[keep], self.lengths[keep]
+        view.fingerprint = token_cache.fingerprint(whole=self.fingerprint, view=name)
+        return view
+
+
+class PretrainDataset(TokenDataset):
+    """Documents for next-token prediction (see PretrainEncoder, TokenDataset)."""
+
+    def __init__(self, data_path, tokenizer, max_seq_len: int, *, bad_rows: str = "stop", cache_dir=None,
+                 num_proc: int | None = None):
+        super().__init__(data_path, PretrainEncoder(tokenizer, max_seq_len, bad_rows), {}, cache_dir, num_proc)
+
+
+class SFTDataset(TokenDataset):
+    """Conversations, trained on the assistant's words (see SFTEncoder, TokenDataset).
+
+    `system_prompt_share` of the rows without a system message get one of a short list; in `empty_think_share` of
+    those whose last answer has no reasoning, an empty think block stands before it. Both depend on (seed, row) alone.
+    """
+
+    def __init__(self, data_path, tokenizer, max_seq_len: int, *, bad_rows: str = "stop", cache_dir=None,
+                 num_proc: int | None = None, system_prompt_share: float = 0.0, empty_think_share: float = 0.0,
+                 seed: int = 0):
+        options = {"system_prompt_share": system_prompt_share, "empty_think_share": empty_think_share}
+        for name, share in options.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}. Give a share from 0 to 1.")
+        encoder = SFTEncoder(tokenizer, max_seq_len, bad_rows, seed=seed, **options)
+        super().__init__(data_path, encoder, {**options, "seed": seed, "prompts": SYSTEM_PROMPTS}, cache_dir, num_proc)
+
+
+def _line_blocks(sources: list[tuple[str, float]]) -> Iterator[LineBlock]:
+    for file_index, (path, share) in enumerate(sources):
+        lines, size = [], 0
+        for line_no, line in iter_lines(path):
+            if share < 1 and not in_share(line_no, share):
+                continue
+            lines.append((line_no, line))
+            size += len(line)
+            if len(lines) >= BLOCK_ROWS or size >= BLOCK_CHARS:
+                yield LineBlock(path, file_index, lines)
+                lines, size = [], 0
+        yield LineBlock(path, file_index, lines)
+
+
+def _count_rows(sources: list[tuple[str, float]]) -> int | None:
+    """Estimate the rows for the progress bar; None where counting would mean to decompress."""
+    if any(not path.endswith(".jsonl") for path, _ in sources):
+        return None
+    total = 0.0
+    for path, share in sources:
+        with open(path, "rb") as file:
+            total += share * sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    return round(total)
+
+
+def _scramble(values: np.ndarray) -> np.ndarray:
+    """Mix uint64 values (the finalizer of splitmix64; Steele, Lea, Flood 2014), so that their order is random."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+if __name__ == "__main__":
+    from dataset.inspect_rows import main
+
+    main()
