@@ -1,0 +1,501 @@
+"""MiniMind: a decoder-only transformer, dense or mixture-of-experts, in one file to be read from top to bottom.
+
+Pre-norm RMSNorm, rotary positions (with YaRN for longer contexts), grouped-query attention, SwiGLU, tied embeddings.
+With `qk_norm` the network is exactly Qwen3 (dense) or Qwen3-MoE, without it Llama; with a shared expert it is
+GraniteMoeShared. `native_format.py` beside this file writes and reads checkpoints of those standard architectures.
+
+Shape letters, used in comments throughout:
+    B batch   T tokens of this call   S keys seen so far (S = T without a cache)   N = B * T
+    D model width   H query heads   K key/value heads   d head width   F feed-forward width
+    E experts   k experts per token   G documents of the batch   V vocabulary
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+from .native_format import load_strictly, read_config, read_pth, read_state, write_folder
+
+PRESETS = {
+    "tiny": dict(
+        hidden_size=192, num_hidden_layers=4, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, qk_norm=True),
+    "minimind2-small": dict(
+        hidden_size=512, num_hidden_layers=8, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2),
+    "minimind2": dict(
+        hidden_size=768, num_hidden_layers=16, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=2),
+    "minimind2-moe": dict(
+        hidden_size=640, num_hidden_layers=8, intermediate_size=1728, num_attention_heads=8, num_key_value_heads=2,
+        num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=1728, norm_topk_prob=True),
+    "minimind-3": dict(
+        hidden_size=768, num_hidden_layers=8, intermediate_size=2432, num_attention_heads=8, num_key_value_heads=4, qk_norm=True),
+    "minimind-3-moe": dict(
+        hidden_size=768, num_hidden_layers=8, intermediate_size=2432, num_attention_heads=8, num_key_value_heads=4, qk_norm=True,
+        num_experts=4, num_experts_per_tok=1),
+}
+
+
+class MiniMindConfig(PreTrainedConfig):
+    """The shape of a MiniMind network; `MiniMindConfig.from_preset("minimind-3")` gives a named one.
+
+    Widths are in channels. `head_dim` defaults to `hidden_size / num_attention_heads`. `num_experts=0` is dense;
+    otherwise every feed-forward is `num_experts` experts of `moe_intermediate_size` (default `intermediate_size`), of
+    which each token visits `num_experts_per_tok`, plus one that all tokens visit if `shared_expert_intermediate_size`
+    is not 0. `rope_parameters` is transformers' dict: `rope_theta` and, for YaRN, `rope_type="yarn"`, `factor`,
+    `original_max_position_embeddings`.
+
+    Raises ValueError for shapes that cannot be built.
+    """
+
+    model_type = "minimind"
+    default_theta = 1e6
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 6400
+    hidden_size: int = 768
+    intermediate_size: int = 2432
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int | None = None
+    qk_norm: bool = False
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    rope_parameters: dict | None = None
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.01
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: change one of them or give head_dim")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of channels")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}: each key/value head serves the same number of query heads")
+        if self.num_experts:
+            self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+            if not 1 <= self.num_experts_per_tok <= self.num_experts:
+                raise ValueError(
+                    f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and num_experts {self.num_experts}")
+        if self.rope_parameters["rope_type"] not in ("default", "yarn"):
+            raise ValueError(f"rope_type {self.rope_parameters['rope_type']!r} is not built here: use 'default' or 'yarn'")
+
+    @classmethod
+    def from_preset(cls, name, **overrides):
+        """The configuration of a named preset, with single fields replaced by `overrides`."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
+
+
+def rope_frequencies(config, device=None):
+    """Angle per position of each channel pair, and the factor on cos and sin: `(inv_freq [d / 2] float32, float)`.
+
+    RoPE: Su et al. 2021, section 3.2.2. YaRN: Peng et al. 2023, equations 17 to 22: channels that turn often inside
+    the original context keep their frequency, those that turn less than once are slowed down by `factor`, those
+    between are blended.
+    """
+    rope, d = config.rope_parameters, config.head_dim
+    theta = rope["rope_theta"]
+    pair = torch.arange(0, d, 2, device=device, dtype=torch.float32)
+    inv_freq = 1.0 / (theta ** (pair / d))
+    if rope["rope_type"] == "default":
+        return inv_freq, 1.0
+
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+
+    def pair_that_turns(times):  # the (fractional) pair that makes this many turns in the original context
+        return d * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    slowed = ((pair / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)  # 0: as it was, 1: fully interpolated
+    attention_factor = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return inv_freq * (1 - slowed) + inv_freq / factor * slowed, attention_factor
+
+
+def rotate(x, cos, sin):
+    """Turn each channel pair (i, i + d/2) of x [B, T, heads, d] by its position's angle; cos, sin [B or 1, T, 1, d]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def document_ids(position_ids):
+    """Number the documents of a packed batch: position_ids [B, T] -> ids [N], counted over all rows.
+
+    A document starts at every row's first token and wherever the position is not its neighbour's plus one.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts.flatten().cumsum(0) - 1
+
+
+def attention_mask_for(attention_mask, doc_ids, shape, num_keys, num_past, device):
+    """Which key each query may see: a bool mask broadcastable to [B, 1, T, S], or None for plain causal attention.
+
+    attention_mask: None, [B, S] with 0 on padding, or a finished 4-d mask, bool or additive (transformers makes one
+    for its static caches). doc_ids: [N] for packed rows. A padded query sees itself: a row without any key would be NaN.
+    """
+    B, T = shape
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    is_padded = attention_mask is not None and not bool(attention_mask.all())
+    if doc_ids is None and not is_padded and (num_past == 0 or T == 1) and num_keys == num_past + T:
+        return None
+    query = torch.arange(num_past, num_past + T, device=device)[:, None]  # T 1
+    key = torch.arange(num_keys, device=device)  # S
+    mask = (key <= query)[None, None]  # 1 1 T S
+    if doc_ids is not None:
+        doc_ids = doc_ids.view(B, 1, T)
+        mask = mask & (doc_ids[..., None] == doc_ids[:, :, None])  # B 1 T S
+    if is_padded:
+        visible = F.pad(attention_mask.bool(), (0, num_keys - attention_mask.shape[1]))  # B S
+        mask = (mask & visible[:, None, None]) | (key == query)
+    return mask
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023); x [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer_idx, self.head_dim = layer_idx, d
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, K * d, bias=False)
+        self.v_proj = nn.Linear(D, K * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, mask=None, doc_lengths=None, past_key_values=None):
+        B, T, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # B T H d
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # B T K d
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # B T K d
+        if doc_lengths is not None:
+            out = self.attend_per_document(q, k, v, doc_lengths)
+        else:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads T d
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)  # B K S d
+            causal = mask is None and T > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        return self.o_proj(out.reshape(B, T, -1))
+
+    @staticmethod
+    def attend_per_document(q, k, v, doc_lengths):
+        """Packed rows, one document at a time: no work on pairs of tokens that may not see each other."""
+        q, k, v = (y.flatten(0, 1).transpose(0, 1)[None].split(doc_lengths, dim=2) for y in (q, k, v))
+        docs = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(q, k, v)]
+        return torch.cat(docs, dim=2).transpose(1, 2)  # 1 N H d
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward, down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks whose weights lie in one tensor per projection, so that each step touches every parameter."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+
+    def forward(self, x, counts):
+        """x [rows, D] sorted by expert, counts [E] rows of each expert -> [rows, D]."""
+        if x.is_cuda and x.dtype == torch.bfloat16:  # one kernel for all experts, no wait for the counts
+            ends = counts.cumsum(0).int()
+            gate, up = F.grouped_mm(x, self.gate_up_proj.to(x.dtype).mT, offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).mT, offs=ends)
+        outs = []
+        for e, rows in enumerate(x.split(counts.tolist())):
+            gate, up = F.linear(rows, self.gate_up_proj[e]).chunk(2, dim=-1)
+            outs.append(F.linear(F.silu(gate) * up, self.down_proj[e]))
+        return torch.cat(outs)
+
+
+class MixtureOfExperts(nn.Module):
+    """Top-k routed experts and, optionally, one that every token visits.
+
+    With one expert per token its weight is the router's own probability (`norm_topk_prob=False`): renormalised, it
+    would be the constant 1 and the language-model loss would teach the router nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.num_experts = config.num_experts
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = SwiGLU(config, shared) if shared else None
+
+    def forward(self, x, balance=None):
+        """x [B, T, D] -> (out [B, T, D], load-balancing loss of each document [G], if `balance` says which they are)."""
+        flat = x.reshape(-1, x.shape[-1])  # N D
+        probs = self.gate(flat).float().softmax(-1)  # N E
+        weights, chosen = probs.topk(self.top_k, dim=-1)  # N k
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # N * k places, sorted by expert
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        out = self.experts(flat[order // self.top_k], counts)[order.argsort()]  # back in the tokens' order
+        out = (out.view(-1, self.top_k, x.shape[-1]) * weights.unsqueeze(-1).type_as(out)).sum(1).view_as(x)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(x)
+        return out, None if balance is None else load_balancing_loss(probs, chosen, *balance)
+
+
+def load_balancing_loss(probs, chosen, doc_ids, num_docs):
+    """E * sum_e f_e * P_e of each document [G] (Fedus et al. 2021, eq. 4 to 6); probs [N, E], chosen [N, k], doc_ids [N].
+
+    f_e is the share of the document's tokens sent to expert e, P_e its mean probability. Per document, not per batch:
+    the value does not depend on what a document was packed with or on how a batch was cut into micro-batches.
+    """
+    sent = F.one_hot(chosen, probs.shape[-1]).sum(1).type_as(probs)  # N E
+    zeros = probs.new_zeros(num_docs, probs.shape[-1])  # G E
+    lengths = torch.bincount(doc_ids, minlength=num_docs).clamp(min=1).unsqueeze(-1)
+    f, P = zeros.index_add(0, doc_ids, sent) / lengths, zeros.index_add(0, doc_ids, probs) / lengths
+    return probs.shape[-1] * (f * P).sum(-1)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGLU(config, config.intermediate_size)
+
+    def forward(self, x, cos, sin, mask=None, doc_lengths=None, past_key_values=None, balance=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, doc_lengths, past_key_values)
+        h = self.post_attention_layernorm(x)
+        h, aux = self.mlp(h, balance) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(h), None)
+        return x + h, aux
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Normal with std 0.02; projections that write into the residual stream less by sqrt(2 * layers) (GPT-2)."""
+        std = self.config.initializer_range
+        into_residual = std / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=into_residual)
+        if isinstance(module, Attention):
+            nn.init.normal_(module.o_proj.weight, std=into_residual)
+        elif isinstance(module, SwiGLU):
+            nn.init.normal_(module.down_proj.weight, std=into_residual)
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """The network without its language-model head: token ids -> hidden states."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                use_cache=None, output_hidden_states=False, balance=None):
+        """ids [B, T] (or inputs_embeds [B, T, D]) -> hidden states [B, T, D]; see MiniMindForCausalLM.forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T, _ = x.shape
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        num_past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        num_keys = past_key_values.get_mask_sizes(T, 0)[0] if past_key_values is not None else T
+
+        doc_ids = doc_lengths = mask = None
+        if position_ids is None:
+            position_ids = torch.arange(num_past, num_past + T, device=x.device)[None]
+        elif attention_mask is None and past_key_values is None:
+            doc_ids = document_ids(position_ids.expand(B, T))
+        if doc_ids is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            doc_lengths = torch.bincount(doc_ids).tolist()
+        else:
+            mask = attention_mask_for(attention_mask, doc_ids, (B, T), num_keys, num_past, x.device)
+
+        inv_freq, attention_factor = rope_frequencies(self.config, x.device)
+        angles = (position_ids[..., None] * inv_freq).repeat(1, 1, 2)[:, :, None]  # B T 1 d
+        cos, sin = (angles.cos() * attention_factor).type_as(x), (angles.sin() * attention_factor).type_as(x)
+        hidden_states, aux = [], []
+        for layer in self.layers:
+            hidden_states.append(x)
+            x, layer_aux = layer(x, cos, sin, mask, doc_lengths, past_key_values, balance)
+            aux.append(layer_aux)
+        x = self.norm(x)
+        return MoeModelOutputWithPast(
+            last_hidden_state=x, past_key_values=past_key_values,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            router_logits=None if aux[0] is None else torch.stack(aux).mean(0))  # G
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The language model: hidden states through the (tied) embedding matrix to next-token logits."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, num_items_in_batch=None, use_cache=None, logits_to_keep=0, skip_logits=False,
+                output_hidden_states=False, output_attentions=False, output_router_logits=False, return_dict=True):
+        """Next-token logits [B, T, V] and, with labels, the training loss.
+
+        input_ids [B, T], or inputs_embeds [B, T, D]. attention_mask [B, S]: 0 on padding. position_ids [B, T]: where
+        they restart (no mask, no cache), a new document begins that does not see the one before: packed rows.
+        labels [B, T]: the ids themselves, -100 where nothing is to be learned; shifted here. The loss is the sum over
+        targets divided by `num_items_in_batch`, the targets of the whole optimizer step (default: of this call), plus
+        for mixtures of experts `router_aux_loss_coef` times the documents' balance losses, weighted by their targets.
+        logits_to_keep: only the last so many positions, or these indices. skip_logits: no logits, loss only; then the
+        head runs on target positions alone.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions: scaled_dot_product_attention does not keep the attention weights")
+        moe_training = self.config.num_experts and (labels is not None or output_router_logits)
+        like = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        balance = self.documents(like, attention_mask, position_ids) if moe_training else None
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                         output_hidden_states, balance)
+        hidden, loss, aux_loss = out.last_hidden_state, None, None
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = None if skip_logits else self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # B T
+            num_targets = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = self.nll_sum(hidden, targets) / num_targets
+        if moe_training:
+            doc_ids, num_docs = balance
+            weight = (targets != -100).flatten() if labels is not None else torch.ones_like(doc_ids)
+            weight = torch.bincount(doc_ids, weight.float(), minlength=num_docs)  # G
+            weight[-1] = 0  # padding
+            aux_loss = (weight * out.router_logits).sum() / (weight.sum() if labels is None else num_targets)
+            if labels is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+        output = MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+        return output if return_dict is not False else output.to_tuple()
+
+    def nll_sum(self, hidden, targets):
+        """Sum of -log p(target) over targets [B, T] that are not -100; the head runs on those positions alone."""
+        if not torch.compiler.is_compiling():  # a number of rows that changes would compile again each step
+            keep = targets != -100
+            hidden, targets = hidden[keep], targets[keep]  # n D, n
+        logits = self.lm_head(hidden).float()
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+
+    @staticmethod
+    def documents(ids, attention_mask, position_ids):
+        """Which document each token belongs to: (ids [N], their number G); the last document is the padding's."""
+        B, T = ids.shape
+        packed = position_ids is not None and attention_mask is None
+        doc_ids = document_ids(position_ids.expand(B, T) if packed else torch.arange(T, device=ids.device).expand(B, T))
+        num_docs = int(doc_ids[-1]) + 2
+        if attention_mask is not None and attention_mask.dim() == 2:
+            doc_ids = torch.where(attention_mask[:, -T:].flatten().bool(), doc_ids, num_docs - 1)
+        return doc_ids, num_docs
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **unused):
+        """Write a folder of the standard architecture that computes the same function (see `native_format`).
+
+        `state_dict` replaces the model's own; the other arguments of transformers' method have no effect here.
+        """
+        if is_main_process:
+            write_folder(self, save_directory, state_dict)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, dtype=None, **kwargs):
+        """Read a folder written by `save_pretrained`, or any Llama, Qwen3, Qwen3-MoE or GraniteMoeShared one that fits.
+
+        Every weight must be there with its shape. dtype: e.g. torch.bfloat16, default float32. Raises ValueError.
+        """
+        if "config" in kwargs:  # transformers calls, with its own idea of how to load (`trust_remote_code`)
+            return super().from_pretrained(folder, *args, dtype=dtype, **kwargs)
+        if args or kwargs:
+            raise ValueError(f"from_pretrained(folder, dtype=...) takes nothing else; got {[*args, *kwargs]}")
+        config = MiniMindConfig(**read_config(folder))
+        model = cls(config)
+        load_strictly(model, read_state(folder, config.num_experts), folder)
+        return model.to(dtype or torch.float32).eval()
+
+    @classmethod
+    def from_pth(cls, path, config):
+        """Read a `.pth` state dict of this model family (names as in Llama / Qwen3) into the network of `config`."""
+        model = cls(config)
+        load_strictly(model, read_pth(path, config.num_experts), Path(path))
+        return model.eval()
+
+
+AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
