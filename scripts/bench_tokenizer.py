@@ -28,7 +28,7 @@ from trainer.train_tokenizer import QWEN2_PATTERN, TOY, held_out_counts
 @dataclass
 class BenchArgs:
     data_path: list[str] = arg(
-        [str(TOY / "pretrain.jsonl"), str(TOY / "sft.jsonl")],
+        [str(TOY / "pretrain_train.jsonl"), str(TOY / "sft_train.jsonl")],
         "files of text or conversations rows (.jsonl, .jsonl.gz, .jsonl.xz)",
         nargs="+",
     )
