@@ -11,6 +11,7 @@ import copy
 import hashlib
 import random
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,17 +52,19 @@ def token_byte_lengths(tokenizer) -> torch.Tensor:
     return torch.tensor([0 if i in added else len(spelling) for i, spelling in enumerate(spellings)])
 
 
-class RowEncoder:
+class RowEncoder(ABC):
     """Turn blocks of lines into token sequences; a subclass says what one row becomes."""
+
+    stores_targets = True  # False where every token but the first of a sequence is one
 
     def __init__(self, tokenizer, max_seq_len: int, bad_rows: str):
         self.tokenizer, self.max_seq_len, self.bad_rows = tokenizer, max_seq_len, bad_rows
         self.id_dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
         self.byte_lengths = token_byte_lengths(tokenizer).numpy()
 
-    def encode_row(self, row: dict, where: str, draw_key: str, report: Report) -> list[tuple[list[int], list[bool]]]:
-        """Return the sequences (input_ids, is_target) of a row; ValueError "what is wrong. way out"."""
-        raise AssertionError("a subclass encodes rows")
+    @abstractmethod
+    def encode_row(self, row: dict, where: str, draw_key: str, report: Report) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the sequences (input_ids [n], is_target [n]) of a row; ValueError "what is wrong. way out"."""
 
     def __call__(self, block: LineBlock) -> EncodedBlock:
         report, sequences, documents = Report(), [], []
@@ -82,12 +85,14 @@ class RowEncoder:
 
     def _gather(self, sequences, documents, report: Report) -> EncodedBlock:
         lengths = np.array([len(ids) for ids, _ in sequences], dtype=np.int64)
-        input_ids = np.array([i for ids, _ in sequences for i in ids], dtype=self.id_dtype)
-        is_target = np.array([t for _, mask in sequences for t in mask], dtype=np.uint8)
+        nothing = (np.empty(0, self.id_dtype), np.empty(0, bool))
+        input_ids, is_target = (np.concatenate(parts) for parts in zip(nothing, *sequences))
         report.sequences, report.tokens = len(lengths), len(input_ids)
         report.targets = int(is_target.sum())
-        report.target_bytes = int(self.byte_lengths[input_ids[is_target == 1]].sum())
-        columns = {"input_ids": input_ids, "is_target": is_target}
+        report.target_bytes = int(self.byte_lengths[input_ids[is_target]].sum())
+        columns = {"input_ids": input_ids}
+        if self.stores_targets:
+            columns["is_target"] = is_target.view(np.uint8)  # Arrow packs booleans into bits, which numpy cannot map
         return EncodedBlock(columns, lengths, np.array(documents, dtype=np.uint64), report)
 
 
@@ -102,8 +107,11 @@ class PretrainEncoder(RowEncoder):
     document is a target exactly once.
     """
 
+    stores_targets = False
+
     def __init__(self, tokenizer, max_seq_len: int, bad_rows: str):
         super().__init__(tokenizer, max_seq_len, bad_rows)
+        self.plain = _plain_encoder(tokenizer)  # what looks like a special token in a document is text
         self.mark = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
     def encode_row(self, row, where, draw_key, report):
@@ -114,11 +122,11 @@ class PretrainEncoder(RowEncoder):
             raise ValueError(f'"text" is of type {type(text).__name__}. Give a string.')
         if not text.strip():
             raise ValueError('"text" is empty. Leave the row out.')
-        # What looks like a special token in a document is text. The fast batch call spares the offsets.
-        ids = [self.mark, *_plain_encoder(self.tokenizer).encode_batch_fast([text])[0].ids, self.mark]
+        tokens = self.plain.encode_batch_fast([text])[0].ids  # fast: without the characters' offsets
+        ids = np.array([self.mark, *tokens, self.mark], dtype=self.id_dtype)
         step = self.max_seq_len - 1
         windows = [ids[start : start + step + 1] for start in range(0, len(ids) - 1, step)]
-        return [(window, [False] + [True] * (len(window) - 1)) for window in windows]
+        return [(window, np.arange(len(window)) > 0) for window in windows]
 
 
 class SFTEncoder(RowEncoder):
@@ -136,13 +144,15 @@ class SFTEncoder(RowEncoder):
         check_conversation(row["conversations"])
         input_ids, is_target = encode_conversation(self.tokenizer, self.augment(row["conversations"], draw_key))
         cut = len(input_ids) > self.max_seq_len
-        input_ids, is_target = input_ids[: self.max_seq_len], is_target[: self.max_seq_len]
-        if not any(is_target[1:]):
+        input_ids = np.array(input_ids[: self.max_seq_len], dtype=self.id_dtype)
+        is_target = np.array(is_target[: self.max_seq_len])
+        is_target[0] = False
+        if not is_target.any():
             report.note("no_target", where)
             return []
         if cut:
             report.note("cut", where)
-        return [(input_ids, [False, *is_target[1:]])]
+        return [(input_ids, is_target)]
 
     def augment(self, messages: list[dict], draw_key: str) -> list[dict]:
         """Return the messages, some with a system prompt or an empty think block put in: by (seed, row) alone."""
@@ -201,7 +211,11 @@ class TokenDataset:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         row = self.rows[index]
         input_ids = self._table["input_ids", row].astype(np.int64)
-        return {"input_ids": input_ids, "labels": np.where(self._table["is_target", row], input_ids, IGNORE)}
+        labels = input_ids.copy()
+        if "is_target" in self._table:
+            labels[self._table["is_target", row] == 0] = IGNORE
+        labels[0] = IGNORE
+        return {"input_ids": input_ids, "labels": labels}
 
     def held_out_split(self, share: float, seed: int = 0, max_rows: int | None = None):
         """Return (training view, validation view): `share` of the documents, at most `max_rows`, are held out.
@@ -211,11 +225,14 @@ class TokenDataset:
         """
         if not 0 < share < 1:
             raise ValueError(f"the share to hold out is {share}. Give one between 0 and 1.")
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}. Hold out at least one row, or do not split.")
         documents = self._table.documents[self.rows]
         unique = np.unique(documents)
         if len(unique) < 2:
             raise ValueError("one document cannot be split. Give more data, or a validation file of its own.")
-        count = min(max(1, round(share * len(unique))), len(unique) - 1, max_rows or len(unique))
+        count = min(max(1, round(share * len(unique))), len(unique) - 1)
+        count = min(count, max_rows or count)
         salt = np.uint64(_line_hash(f"held out {seed}"))
         chosen = unique[np.argsort(_scramble(unique ^ salt))[:count]]
         held_out = np.isin(documents, chosen)
