@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from trainer.arguments import arg, parse_args
 
+from trainer.arguments import arg, parse_args
 from trainer.train_tokenizer import QWEN2_PATTERN, TOY, held_out_counts
 
 
@@ -38,6 +38,12 @@ class BenchArgs:
         nargs="*",
     )
     json: str = arg("", "write the figures to this file too")
+
+    def check(self):
+        """ValueError for a tokenizer without a name."""
+        for item in self.tokenizer:
+            if "=" not in item:
+                raise ValueError(f"--tokenizer {item} has no name: give NAME=PATH, such as gpt2={item}")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -101,13 +107,7 @@ def iter_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 def main(argv=None):
     args = parse_args(BenchArgs, argv)
-    paths = {"minimind": str(ROOT / "model")}
-    for item in args.tokenizer:
-        name, equals, path = item.partition("=")
-        if not equals:
-            raise ValueError(f"--tokenizer {item} has no name. Give NAME=PATH, such as gpt2={item}.")
-        paths[name] = path
-
+    paths = {"minimind": str(ROOT / "model"), **dict(item.split("=", 1) for item in args.tokenizer)}
     print("| tokenizer | entries | language | rows | characters per token | bytes per token |\n|---|---|---|---|---|---|")
     figures = []
     for name, path in paths.items():

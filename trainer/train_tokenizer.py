@@ -57,6 +57,13 @@ class TokenizerArgs:
     seed: int = arg(0, "chooses the rows of the sample")
     json: str = arg("", "write the figures to this file too")
 
+    def check(self):
+        """ValueError for values out of range."""
+        if self.vocab_size < NUM_ADDED + 256:
+            raise ValueError(f"--vocab_size {self.vocab_size}: give room for {NUM_ADDED} added tokens and 256 bytes, 288")
+        if self.sample_mb <= 0:
+            raise ValueError(f"--sample_mb {self.sample_mb}: give more than 0")
+
 
 def is_held_out(line_no: int) -> bool:
     """Tell whether a line is kept for measuring: every 50th, never trained on."""
@@ -126,8 +133,7 @@ def train(texts: list[str], vocab_size: int) -> dict:
     """Return the content of tokenizer.json for a byte-level BPE of vocab_size entries, fewer where the text is small."""
     names = CONTROL_TOKENS + MARKUP_TOKENS
     names += [f"<|reserved_{i}|>" for i in range(NUM_ADDED - len(names))]
-    if vocab_size < NUM_ADDED + 256:
-        raise ValueError(f"--vocab_size {vocab_size} has no room for {NUM_ADDED} added tokens and 256 bytes: give 288.")
+    assert vocab_size >= NUM_ADDED + 256
     # No normalizer, unlike Qwen2's NFC: what is decoded must be what was encoded, byte for byte.
     byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     tokenizer = Tokenizer(models.BPE())

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,9 @@ def test_same_text_and_seed_give_the_same_file(corpus, tmp_path):
     assert run(corpus, tmp_path / "c", "--sample_mb", "0.05", "--seed", "1") != first
 
 
-@pytest.mark.parametrize("parallel", ["true", "false"])
-def test_same_file_from_another_process_with_other_hashes_and_threads(corpus, tmp_path, parallel):
+def test_same_file_from_another_process_with_other_hashes_and_threads(corpus, tmp_path):
     flags = ["--data_path", *corpus, "--save_dir", str(tmp_path / "b"), "--vocab_size", "380"]
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": parallel, "RAYON_NUM_THREADS": "4"}
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "5"}
     command = [sys.executable, str(ROOT / "trainer" / "train_tokenizer.py"), *flags]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == run(corpus, tmp_path / "a")
@@ -120,15 +120,26 @@ def test_small_text_gives_fewer_entries_and_says_so(tmp_path, capsys):
 
 
 def test_errors_name_the_row_and_the_way_out(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", ["a"])
-    with pytest.raises(ValueError, match=r"--vocab_size 287 has no room for .*: give 288"):
-        main(["--data_path", path, "--save_dir", str(tmp_path), "--vocab_size", "287"])
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": 3}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r'b\.jsonl:2: neither "text" nor "conversations"\. Give one of the two'):
         main(["--data_path", str(tmp_path / "b.jsonl"), "--save_dir", str(tmp_path)])
-    held_out_only = write_rows(tmp_path / "c.jsonl", [""] * 3)
+    path = write_rows(tmp_path / "c.jsonl", ["a" * 1000])
     with pytest.raises(ValueError, match=r"no text to train on in .*c\.jsonl\. Give more data or a larger --sample_mb"):
-        main(["--data_path", held_out_only, "--save_dir", str(tmp_path), "--sample_mb", "0"])
+        main(["--data_path", path, "--save_dir", str(tmp_path), "--sample_mb", "1e-9"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vocab_size", "287"], "--vocab_size 287: give room for 32 added tokens and 256 bytes, 288"),
+        (["--sample_mb", "0"], "--sample_mb 0.0: give more than 0"),
+    ],
+)
+def test_flags_out_of_range_are_refused_before_any_file_is_read(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--data_path", "none.jsonl", *flags])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_row_text():
@@ -162,6 +173,7 @@ def test_shipped_tokenizer_on_real_held_out_text():
         pytest.skip("the real corpora are not here")
     tokenizer = Tokenizer.from_file(str(ROOT / "model" / "tokenizer.json"))
     for name, floor in (("pt_zh_lctt_tech", 1.2), ("pt_en_wiki", 3.0)):
-        rows = [row["text"] for line_no, row in read_rows(corpora / f"{name}.jsonl.xz") if is_held_out(line_no)][:20]
+        lines = islice(read_rows(corpora / f"{name}.jsonl.xz"), 1000)
+        rows = [row["text"] for line_no, row in lines if is_held_out(line_no)]
         assert all(tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text for text in rows)
         assert sum(map(len, rows)) / sum(len(tokenizer.encode(text).ids) for text in rows) > floor
