@@ -1,0 +1,135 @@
+"""Typed dataclasses as command lines: a field is a flag, its comment is the help, its default the default."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+
+from model.model_minimind import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arg(default, help, choices=None, nargs=None):
+    """A dataclass field that is also a flag; a list default is copied for each instance."""
+    metadata = {"help": help, "choices": choices, "nargs": nargs}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse_bool(text):
+    """True or False from what people write after a switch: 1, true, yes, on and their opposites."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no: write 1 or 0, or only the flag")
+
+
+def parse_args(cls, argv=None):
+    """Fill the dataclass `cls` from the command line (default: this process's), then call its `check()`.
+
+    Switches work as `--flag`, `--flag 1` and `--flag 0`. `given` on the result is the set of flags that were written.
+    A mistake, in the syntax or found by `check` (ValueError), ends the program with status 2 and says what to change.
+    """
+    module = sys.modules[cls.__module__]
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(cls)
+    for one in dataclasses.fields(cls):
+        kind, extra = hints[one.name], {}
+        if isinstance(kind, types.UnionType):  # int | None: the flag takes an int
+            kind = next(part for part in kind.__args__ if part is not type(None))
+        if kind is bool:
+            kind, extra = parse_bool, {"nargs": "?", "const": True}
+        elif one.metadata["nargs"]:
+            kind, extra = kind.__args__[0], {"nargs": one.metadata["nargs"]}
+        default = one.default if one.default is not MISSING else one.default_factory()
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        note = "" if shown in (None, "") else f" (default: {shown})".replace("%", "%%").replace(f"{ROOT}/", "")
+        parser.add_argument(f"--{one.name}", type=kind, choices=one.metadata["choices"], default=argparse.SUPPRESS,
+                            help=one.metadata["help"].replace("%", "%%") + note, **extra)
+    given = vars(parser.parse_args(argv))
+    args = cls(**given)
+    args.given = set(given)
+    try:
+        getattr(args, "check", lambda: None)()
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+@dataclass
+class TrainArgs:
+    """The flags that every training stage has; a stage's own dataclass adds and overrides."""
+
+    data_path: list[str] = arg([], "files of rows (.jsonl, .gz, .xz); FILE@0.4 takes that share of its rows", nargs="+")
+    save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
+    save_weight: str = arg("", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
+    from_weight: str = arg("none", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file; none: from nothing")
+    from_resume: bool = arg(False, "go on with an interrupted run where its last checkpoint stands")
+    preset: str = arg("", "shape of the network (default: minimind-3 with a GPU, tiny without)", choices=list(PRESETS))
+    hidden_size: int | None = arg(None, "width of the network, in place of the preset's")
+    num_hidden_layers: int | None = arg(None, "layers, in place of the preset's")
+    use_moe: bool = arg(False, "mixture of experts: 4, of which each token visits one")
+    max_seq_len: int = arg(512, "tokens of a packed row: the longest that is trained on")
+    epochs: int = arg(1, "passes over the data")
+    max_steps: int | None = arg(None, "end after so many optimizer steps, whatever --epochs says")
+    batch_size: int = arg(8, "packed rows of a micro-batch")
+    accumulation_steps: int = arg(1, "micro-batches of an optimizer step")
+    learning_rate: float = arg(5e-4, "peak learning rate")
+    schedule: str = arg("cosine", "after the warm-up: cosine to the floor, or wsd: stable, then a linear decay",
+                        choices=["cosine", "wsd"])
+    warmup_share: float = arg(0.02, "share of the steps with a rising learning rate")
+    decay_share: float = arg(0.2, "wsd: share of the steps, at the end, with a falling one")
+    min_lr_share: float = arg(0.1, "learning rate of the last step, as a share of the peak")
+    weight_decay: float = arg(0.1, "AdamW: decay of the matrices (norms have none)")
+    beta2: float = arg(0.95, "AdamW: decay rate of the second moment")
+    grad_clip: float = arg(1.0, "largest norm of the gradient; 0: no clipping")
+    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
+    dtype: str = arg("auto", "arithmetic of the matrix products; auto: bfloat16 on a GPU that has it, else float32",
+                     choices=["auto", "float32", "bfloat16", "float16"])
+    use_compile: bool = arg(False, "torch.compile the network: slow first steps, faster ones after")
+    num_workers: int | None = arg(None, "processes that turn text into tokens (default: all cores)")
+    bad_rows: str = arg("stop", "a faulty row stops the run, or is counted and skipped", choices=["stop", "skip"])
+    val_path: list[str] = arg([], "validate on these files, each by itself, in place of a share of the data", nargs="+")
+    val_share: float = arg(0.01, "share of the documents held out for validation; 0: none")
+    val_max_rows: int = arg(500, "hold out at most so many documents")
+    val_interval: int = arg(200, "steps between two validations, each with a sample; the last step always validates")
+    log_interval: int = arg(10, "steps between two lines in metrics.jsonl")
+    save_interval: int = arg(200, "steps between two checkpoints; the last step is always saved")
+    seed: int = arg(42, "decides the weights at the start, the order of the data and every random choice on the way")
+    inspect: int = arg(0, "print so many rows with what is trained on in colour, and stop")
+    json: str = arg("", "write the figures of the run to this file too")
+
+    # what may change between an interrupted run and its resumption without changing a single number
+    FREE = ("save_dir", "from_resume", "device", "use_compile", "num_workers", "bad_rows", "log_interval", "save_interval",
+            "inspect", "json", "from_weight")
+
+    def check(self):
+        """ValueError for values out of range and for flags that contradict each other."""
+        for name in ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "val_interval", "log_interval", "save_interval",
+                     "learning_rate", "max_steps", "hidden_size", "num_hidden_layers", "num_workers"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: give more than 0")
+        for name in ("warmup_share", "decay_share", "min_lr_share", "val_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give a share from 0 to 1")
+        if self.max_seq_len < 2:
+            raise ValueError("--max_seq_len 1: a row needs a token to see and one to predict; give 2 or more")
+        if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ValueError("--warmup_share and --decay_share add up to more than 1")
+        if "decay_share" in self.given and self.schedule != "wsd":
+            raise ValueError("--decay_share has an effect with --schedule wsd only; leave it out or choose wsd")
+        shape = {"hidden_size", "num_hidden_layers", "use_moe", "preset"} & self.given
+        is_file = self.from_weight != "none" and Path(self.from_weight).exists()
+        if is_file and Path(self.from_weight).is_dir() and shape:
+            raise ValueError(f"--{min(shape)} contradicts --from_weight {self.from_weight}: the checkpoint decides the shape; "
+                             f"leave --{min(shape)} out")
+        if self.val_path and "val_share" in self.given:
+            raise ValueError("--val_path and --val_share are two ways to choose the held-out rows: leave one of them out")
+        if self.use_moe and "moe" in self.preset:
+            raise ValueError(f"--use_moe with --preset {self.preset}, which is one already: leave one of them out")

@@ -1,0 +1,73 @@
+"""How good a language model is on held-out rows: bits per byte, and what it writes."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dataset.lm_dataset import token_byte_lengths
+from dataset.packing import PackedBatches
+from trainer.run import evaluating
+
+
+def validation_sets(args, dataset, build):
+    """(training view, {name: held-out view}): the files of --val_path, each by itself, or --val_share of the data.
+
+    `build(paths)` makes a dataset of files with the stage's own settings.
+    """
+    if args.val_path:
+        return dataset, {Path(path).name.split(".")[0]: build(path) for path in args.val_path}
+    if not args.val_share:
+        return dataset, {}
+    training, held_out = dataset.held_out_split(args.val_share, seed=args.seed, max_rows=args.val_max_rows)
+    return training, {"held_out": held_out}
+
+
+def bits_per_byte(model, tokenizer, dataset, run, max_seq_len, batch_size=8):
+    """Mean loss on the targets of `dataset`: {"loss": nats per token, "bpb": bits per byte of text, "tokens", "bytes"}.
+
+    End tokens are predicted too and cost their bits, but stand for no bytes.
+    """
+    byte_lengths = token_byte_lengths(tokenizer).to(run.device)
+    batches = PackedBatches(dataset, batch_size=batch_size, accumulation_steps=1, max_seq_len=max_seq_len, seed=0, epochs=1,
+                            pad_id=tokenizer.pad_token_id)
+    nll = num_tokens = num_bytes = 0.0
+    with evaluating(model):
+        for (micro,) in batches:
+            micro = run.to_device(micro)
+            targets = F.pad(micro["labels"][:, 1:], (0, 1), value=-100)
+            with run.autocast():
+                hidden = model.model(micro["input_ids"], position_ids=micro["position_ids"]).last_hidden_state
+                nll += model.nll_sum(hidden, targets).double().item()
+            kept = targets[targets != -100]
+            num_tokens += kept.numel()
+            num_bytes += byte_lengths[kept].sum().item()
+    return {"loss": nll / num_tokens, "bpb": nll / math.log(2) / num_bytes, "tokens": int(num_tokens), "bytes": int(num_bytes)}
+
+
+def validate(model, tokenizer, held_out, run, args, index):
+    """Score every held-out view: ({"val_loss/name": nats per token, "val_bpb/name": bits per byte}, a sample to print)."""
+    scores, sentences = {}, []
+    for name, view in held_out.items():
+        score = bits_per_byte(model, tokenizer, view, run, args.max_seq_len, args.batch_size)
+        scores |= {f"val_loss/{name}": score["loss"], f"val_bpb/{name}": score["bpb"]}
+        prompt, text = sample(model, tokenizer, view, index, run)
+        sentences.append(f"{name}: {score['bpb']:.4f} bits per byte; {prompt.strip()!r} -> {text.strip()!r}")
+    return scores, "\n".join(sentences)
+
+
+def sample(model, tokenizer, dataset, index, run, max_new_tokens=64):
+    """What the model writes, greedily, after the beginning of a held-out row: (prompt, continuation), both text.
+
+    The beginning is what precedes the first target (a conversation up to the assistant's turn), or a few words of a
+    document.
+    """
+    row = dataset[index % len(dataset)]
+    ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
+    first_target = int((labels != -100).nonzero()[0])
+    prompt = ids[: max(first_target, min(12, len(ids) // 2))].to(run.device)
+    with evaluating(model), run.autocast():
+        out = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=max_new_tokens,
+                             do_sample=False)
+    return tokenizer.decode(prompt), tokenizer.decode(out[0, len(prompt):])

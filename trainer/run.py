@@ -1,0 +1,92 @@
+"""Where a run computes: device, arithmetic, seeds, and one optimizer step in its right order."""
+
+import os
+import random
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Run:
+    """Device, autocast and gradient scaler of one training process."""
+
+    def __init__(self, args):
+        self.device = choose_device(args.device)
+        self.dtype = choose_dtype(args.dtype, self.device)
+        self.grad_clip = args.grad_clip
+        self.use_compile = args.use_compile
+        # float16 has no range for small gradients: they are scaled up before backward and down again before the step
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        seed_everything(args.seed)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+
+    def autocast(self):
+        """The context of every forward: parameters stay float32, matrix products run in `dtype`."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def wrap(self, model):
+        """The module to call in the loop; `model` itself stays the raw one, for saving."""
+        return torch.compile(model) if self.use_compile else model
+
+    def to_device(self, micro_batch):
+        """Move a micro-batch's tensors to the device."""
+        return {name: x.to(self.device, non_blocking=True) for name, x in micro_batch.items()}
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def clip_and_step(self, model, optimizer):
+        """Unscale, clip, step, forget the gradients; returns their norm before clipping (float)."""
+        self.scaler.unscale_(optimizer)
+        limit = self.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        if not norm.isfinite() and not self.scaler.is_enabled():
+            raise FloatingPointError("the gradient is not finite: lower --learning_rate; the last checkpoint is from before")
+        self.scaler.step(optimizer)  # leaves out a float16 step whose gradient overflowed
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+def choose_device(name):
+    """torch.device for a --device; ValueError if this machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch sees no CUDA GPU here; use --device cpu, or install a CUDA build")
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """torch.dtype for a --dtype; auto is bfloat16 on GPUs that have it (Ampere on), else float32."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return DTYPES[name]
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def num_cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients, and the former mode again afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

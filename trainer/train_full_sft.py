@@ -1,0 +1,105 @@
+"""Supervised fine-tuning: the pretrained network learns to answer, from conversations.
+
+The loss is that of pretraining, -log p(token | what precedes it), summed over the assistant's tokens alone, the end
+token of each turn among them, and divided by their number in the optimizer step (Ouyang et al. 2022, section 3.5;
+masked as in Zhou et al. 2023). Which tokens are the assistant's is what the chat template says, not a search for
+markers, so nothing that a user types is ever trained on.
+
+    python trainer/train_full_sft.py --max_steps 30 --from_weight none      # a minute on a CPU, on the toy world
+    python trainer/train_full_sft.py --data_path chat_zh.jsonl.xz chat_en.jsonl.xz --preset minimind-3 --batch_size 64
+    python trainer/train_full_sft.py --data_path my_shop.jsonl --from_weight out/full_sft_tiny --save_weight shop
+
+What to expect: the loss begins near 2 to 3 bits per token after pretraining on similar text and falls quickly; more than
+a few epochs overfit. --empty_think_share teaches answers without thinking after an empty think block, and
+--system_prompt_share to listen to system prompts. The weights are in out/full_sft_<preset>/: chat with eval_llm.py.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.inspect_rows import show_rows
+from dataset.lm_dataset import SFTDataset
+from dataset.packing import PackedBatches
+from dataset.toy_world import write_world
+from trainer.arguments import TrainArgs, arg, parse_args
+from trainer.checkpoint import Checkpoint
+from trainer.evaluation import validate, validation_sets
+from trainer.optim import build_optimizer, learning_rate_at, set_learning_rate
+from trainer.record import RunRecord, finish
+from trainer.run import Run
+from trainer.weights import load_model, run_folder
+
+TOY = ROOT / "dataset" / "toy_mini"
+
+
+@dataclass
+class SFTArgs(TrainArgs):
+    data_path: list[str] = arg([], "rows of conversations; FILE@0.4 takes that share of them (default: the toy world)", nargs="+")
+    from_weight: str = arg("pretrain", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file")
+    save_weight: str = arg("full_sft", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
+    learning_rate: float = arg(1e-3, "peak learning rate")
+    system_prompt_share: float = arg(0.0, "share of the rows without a system message that get one")
+    empty_think_share: float = arg(0.0, "share of the answers without reasoning that get an empty think block")
+
+
+def main(argv=None):
+    args = parse_args(SFTArgs, argv)
+    run = Run(args)
+    if not args.data_path:
+        write_world("mini", TOY)
+        args.data_path = [str(TOY / "sft_train.jsonl")]
+    model, tokenizer = load_model(args, run.device)
+
+    def build(paths):
+        return SFTDataset(
+            paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, num_proc=args.num_workers, seed=args.seed,
+            system_prompt_share=args.system_prompt_share, empty_think_share=args.empty_think_share)
+
+    dataset = build(args.data_path)
+    if args.inspect:
+        return show_rows(dataset, tokenizer, args.inspect)
+    print(dataset.report)
+    training, held_out = validation_sets(args, dataset, build)
+    batches = PackedBatches(
+        training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
+        seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id)
+    optimizer = build_optimizer(model, args)
+    folder = run_folder(args, model.config)
+    checkpoint = Checkpoint(folder, args, model, tokenizer, optimizer, run.scaler, training.fingerprint)
+    first, targets = checkpoint.restore() if args.from_resume else (0, 0)
+    net = run.wrap(model)
+    print(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, steps {first} to {len(batches)} on {run.device}, "
+          f"{batches.padding_share:.1%} of the positions are padding")
+
+    with RunRecord(folder, args, first, targets, len(batches)) as record:
+        for step, micro_batches in enumerate(batches.from_step(first), start=first):
+            learning_rate = learning_rate_at(step, len(batches), args)
+            set_learning_rate(optimizer, learning_rate)
+            num_targets = sum(int((micro["labels"] != -100).sum()) for micro in micro_batches)  # of the whole step
+            step_loss = 0.0
+            for micro in micro_batches:
+                with run.autocast():
+                    loss = net(**run.to_device(micro), num_items_in_batch=num_targets, skip_logits=True).loss
+                run.backward(loss)
+                step_loss += loss.item()
+            grad_norm = run.clip_and_step(model, optimizer)
+
+            done, is_last = step + 1, step + 1 == len(batches)
+            record.advance(done, num_targets, step_loss, learning_rate)
+            if done % args.log_interval == 0 or is_last:
+                record.log(step=done, loss=step_loss, learning_rate=learning_rate, grad_norm=grad_norm)
+            if done % args.val_interval == 0 or is_last:
+                scores, text = validate(model, tokenizer, held_out, run, args, index=done // args.val_interval)
+                record.log(step=done, **scores)
+                record.say(text)
+            if done % args.save_interval == 0 or is_last:
+                checkpoint.save(done, record.targets)
+    finish(folder, args)
+
+
+if __name__ == "__main__":
+    main()
