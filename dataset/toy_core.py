@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 LANGUAGES = ("zh", "en")
 HELDOUT_SHARE = 0.15
@@ -113,6 +114,7 @@ LEVELS = {"mini": MINI, "full": FULL}
 Maker = Callable[[random.Random, str], Item]
 
 
+@lru_cache(maxsize=1 << 16)
 def is_heldout(key: str, share: float = HELDOUT_SHARE) -> bool:
     """True for the fixed `share` of all keys that training never sees; depends on nothing but the key."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
@@ -129,14 +131,14 @@ def split_of(item: Item) -> str:
 
 def draw_items(maker: Maker, rng: random.Random, language: str, split: str, count: int) -> Iterator[Item]:
     """Yields up to `count` different items of one split; fewer where the skill has no more to offer."""
-    seen = set()
-    for _ in range(60 * count + 600):
-        if len(seen) >= count:
-            return
+    seen, misses = set(), 0
+    while len(seen) < count and misses < 400:
+        misses += 1
         item = maker(rng, language)
         questions = tuple(turn.question for turn in item.turns)
-        if split_of(item) == split and questions not in seen:
+        if questions not in seen and split_of(item) == split:
             seen.add(questions)
+            misses = 0
             yield item
 
 

@@ -17,8 +17,9 @@ class Topic:
 
 
 OPENINGS = {
-    "en": ("", "Hello! ", "Hi! ", "Excuse me, ", "May I ask: ", "One question: ", "Please tell me: "),
-    "zh": ("", "你好，", "您好！", "请问，", "我想知道，", "想问一下，", "请告诉我，"),
+    "en": ("", "Hello! ", "Hi! ", "Hey, ", "Excuse me, ", "May I ask: ", "One question: ", "Please tell me: ",
+           "Good morning! ", "Hello, "),
+    "zh": ("", "你好，", "您好！", "请问，", "我想知道，", "想问一下，", "请告诉我，", "早上好！", "嗨，", "对了，"),
 }
 OTHER_NAMES = ("ChatGPT", "GPT", "Claude", "Gemini", "Qwen", "DeepSeek", "Llama", "Siri", "Flora")
 TOPICS = (
@@ -95,7 +96,7 @@ def ask_topic(rng: random.Random, language: str, topics: tuple[Topic, ...], skil
         question = opening + core[0].upper() + core[1:]
     reply = topic.reply[language]
     wrong = {"zh": f"我是 {rng.choice(rivals)}。", "en": f"I am {rng.choice(rivals)}."}[language]
-    keys = (f"{skill}:{question}",) if opening else ()
+    keys = (f"identity:{question}",) if opening else ()
     return Item(
         skill, language, keys, (Turn(question, reply),), topic.answer[language],
         choices=rivals, thought=reply, short=reply, prose=f"{question} {reply}", wrong=wrong,

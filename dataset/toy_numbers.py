@@ -58,13 +58,17 @@ WEEKDAYS = {
 }
 DATES = {
     "en": {
-        1: ("Today is {d}. Which day of the week is it {n} {days} from now?", "If today is {d}, what day comes {n} {days} later?"),
-        -1: ("Today is {d}. Which day of the week was it {n} {days} ago?", "If today is {d}, what day was {n} {days} earlier?"),
+        1: ("Today is {d}. Which day is it {n} {days} from now?", "If today is {d}, what day comes {n} {days} later?",
+            "What day of the week is {n} {days} after {d}?", "It is {d}. Count {n} {days} forward."),
+        -1: ("Today is {d}. Which day was it {n} {days} ago?", "If today is {d}, what day was {n} {days} earlier?",
+             "What day of the week is {n} {days} before {d}?", "It is {d}. Count {n} {days} back."),
         "reply": ("{n} {days} after {d} is {answer}.", "{n} {days} before {d} is {answer}."),
     },
     "zh": {
-        1: ("今天是{d}，{n} 天后是星期几？", "如果今天是{d}，再过 {n} 天是星期几？"),
-        -1: ("今天是{d}，{n} 天前是星期几？", "如果今天是{d}，往前数 {n} 天是星期几？"),
+        1: ("今天是{d}，{n} 天后是星期几？", "如果今天是{d}，再过 {n} 天是星期几？", "{d}的 {n} 天后是星期几？",
+            "今天是{d}，请往后数 {n} 天。"),
+        -1: ("今天是{d}，{n} 天前是星期几？", "如果今天是{d}，往前数 {n} 天是星期几？", "{d}的 {n} 天前是星期几？",
+             "今天是{d}，请往前数 {n} 天。"),
         "reply": ("{d}的 {n} 天后是{answer}。", "{d}的 {n} 天前是{answer}。"),
     },
 }

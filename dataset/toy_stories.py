@@ -146,12 +146,21 @@ def lookup(rng: random.Random, language: str, level: Level) -> Item:
     table = "\n".join(f"{n[side]}: {value}" for n, value in zip(names, values))
     question = f"{table}\n{rng.choice(LOOKUP[language]).format(w=name)}"
     reply, stop = f"{name}: {values[target]}", end_sentence(language)
+    told = table.splitlines()
+    rng.shuffle(told)
+    prose = "\n".join([table, "", *told[:8]]) if rng.random() < 0.7 else f"{question}\n{reply}"
     other = values[(target + 1) % count] if values[(target + 1) % count] != values[target] else values[target] + 1
     return Item(
         "lookup", language, (f"look:{names[target][0]}={values[target]}",), (Turn(question, reply),),
-        str(values[target]), 1 / count, thought=reply + stop, short=reply, prose=f"{question}\n{reply}",
-        wrong=f"{name}: {other}",
+        str(values[target]), 1 / count, thought=reply + stop, short=reply, prose=prose, wrong=f"{name}: {other}",
     )  # fmt: skip
+
+
+def echo(rng: random.Random, language: str) -> str:
+    """Words and numbers in any order, twice: the plainest text from which to learn to copy."""
+    listed = [rng.choice(WORDS)[language == "zh"] if rng.random() < 0.6 else str(rng.randint(0, 99)) for _ in range(8)]
+    line = join_clauses(listed[: rng.randint(5, 8)], language)
+    return f"{line}{end_sentence(language)}\n{line}{end_sentence(language)}"
 
 
 def follow_up_sum(rng: random.Random, language: str, level: Level) -> Item:
