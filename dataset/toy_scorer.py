@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -140,19 +140,20 @@ def parse_tool_calls(reply: str) -> list[tuple[str, dict]]:
     return calls
 
 
-def ask(question: Question, generate: Generate) -> tuple[bool, list[dict]]:
-    """Holds the whole conversation of a question: (was it answered rightly, the messages).
+def dialogue(question: Question) -> Generator[tuple[list[dict], list[dict] | None], str, tuple[bool, list[dict]]]:
+    """The conversation of a question: yields (messages, tools), is sent the assistant's raw reply to them, and in the
+    end returns (was it answered rightly, the messages).
 
-    `generate(messages, tools)` returns the assistant's raw reply. Tool calls in it are run and their results
-    handed back, at most three times per turn; follow-up questions are asked after the model's own replies. A
-    question with tools is right only if the calls it needs were made, in whatever spelling gives their result.
+    Tool calls in a reply are run and their results handed back, at most three times per turn; follow-up questions are
+    asked after the model's own replies. A question with tools is right only if the calls it needs were made, in
+    whatever spelling gives their result.
     """
     messages, made, reply = list(question.messages), set(), ""
     for turn in (None, *question.follow_ups):
         if turn is not None:
             messages.append({"role": "user", "content": turn})
         for _ in range(MAX_TOOL_ROUNDS + 1):
-            reply = generate(messages, question.tools)
+            reply = yield list(messages), question.tools
             calls = parse_tool_calls(reply) if question.tools else []
             if not calls:
                 break
@@ -165,6 +166,33 @@ def ask(question: Question, generate: Generate) -> tuple[bool, list[dict]]:
         messages.append({"role": "assistant", "content": strip_thinking(reply)})
     needed = {(name, run_tool(name, arguments)) for name, arguments in question.calls}
     return needed <= made and score(question, reply), messages
+
+
+def ask(question: Question, generate: Generate) -> tuple[bool, list[dict]]:
+    """Hold the dialogue of one question with `generate(messages, tools) -> raw reply`."""
+    talk = dialogue(question)
+    request = next(talk)
+    while True:
+        try:
+            request = talk.send(generate(*request))
+        except StopIteration as end:
+            return end.value
+
+
+def ask_all(questions: Iterable[Question], generate_all) -> list[tuple[Question, bool]]:
+    """Hold all dialogues side by side: `generate_all([(messages, tools), ...])` returns their replies in order."""
+    questions = list(questions)
+    talks = [dialogue(question) for question in questions]
+    waiting, results = {i: next(talk) for i, talk in enumerate(talks)}, {}
+    while waiting:
+        replies = dict(zip(waiting, generate_all(list(waiting.values())), strict=True))
+        for i, reply in replies.items():
+            try:
+                waiting[i] = talks[i].send(reply)
+            except StopIteration as end:
+                results[i] = end.value[0]
+                del waiting[i]
+    return [(question, results[i]) for i, question in enumerate(questions)]
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import traceback
 import types
 import typing
 from dataclasses import MISSING, dataclass, field
@@ -37,7 +38,8 @@ def parse_args(cls, argv=None):
     A mistake, in the syntax or found by `check` (ValueError), ends the program with status 2 and says what to change.
     """
     module = sys.modules[cls.__module__]
-    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [--flag value ...]   (--help lists the flags)")
     hints = typing.get_type_hints(cls)
     for one in dataclasses.fields(cls):
         kind, extra = hints[one.name], {}
@@ -60,6 +62,21 @@ def parse_args(cls, argv=None):
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def command(main):
+    """Run `main()` as a program: what the user can put right ends it with one line, everything else with a traceback.
+
+    The user's are the errors that this project raises itself on purpose: ValueError, OSError, ImportError and
+    FloatingPointError with a message of ours.
+    """
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:
+            raise
+        sys.exit(f"error: {error}")
 
 
 @dataclass

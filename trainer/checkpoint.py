@@ -37,6 +37,7 @@ class Checkpoint:
     def __init__(self, folder, args, model, tokenizer, optimizer, scaler, fingerprint):
         self.folder, self.args, self.fingerprint = Path(folder), args, fingerprint
         self.model, self.tokenizer, self.optimizer, self.scaler = model, tokenizer, optimizer, scaler
+        self.is_resumed = False
 
     def steps(self):
         """[(updates done, folder)] of the checkpoints that are there, newest first."""
@@ -66,8 +67,10 @@ class Checkpoint:
             shutil.rmtree(building, ignore_errors=True)
             raise OSError(f"could not save step {step} in {final}: {error}. The checkpoints from before are intact: "
                           "make room on the disk and go on with --from_resume") from error
-        for _, old in self.steps()[KEEP:]:
+        others = [path for _, path in self.steps() if path != final]
+        for old in others[KEEP - 1:] if self.is_resumed else others:  # those of an earlier run under this name are not ours
             shutil.rmtree(old)
+        self.is_resumed = True
 
     def publish(self, checkpoint):
         """Put the weights, configuration and tokenizer of `checkpoint` into the run's folder, file by file, atomically."""
@@ -81,6 +84,8 @@ class Checkpoint:
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, new)
             os.replace(new, self.folder / path.name)
+        if not (checkpoint / "chat_template.jinja").exists():
+            (self.folder / "chat_template.jinja").unlink(missing_ok=True)  # from another run: it would call this one a chat model
 
     def state(self, step, targets):
         """Everything but the weights, in types that torch.load(weights_only=True) accepts."""
@@ -110,6 +115,7 @@ class Checkpoint:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.scaler.load_state_dict(state["scaler"])
                 restore_random(state["random"])
+                self.is_resumed = True
                 return step, state["targets"]
             problems.append(problem)
             print(f"warning: {problem}; falling back on the checkpoint before it")

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from dataset.chat_format import encode_prompt
 from dataset.lm_dataset import token_byte_lengths
 from dataset.packing import PackedBatches
+from dataset.toy_scorer import ask_all
 from trainer.run import evaluating
 
 
@@ -71,3 +73,29 @@ def sample(model, tokenizer, dataset, index, run, max_new_tokens=64):
         out = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=max_new_tokens,
                              do_sample=False)
     return tokenizer.decode(prompt), tokenizer.decode(out[0, len(prompt):])
+
+
+def toy_answers(model, tokenizer, questions, run, enable_thinking=None, max_new_tokens=128, batch_size=64):
+    """Put questions of the toy world to the model, greedily and many at once: [(question, answered rightly)]."""
+    def replies(requests):
+        prompts = [encode_prompt(tokenizer, messages, tools, enable_thinking) for messages, tools in requests]
+        return generate_batch(model, tokenizer, prompts, run, max_new_tokens, batch_size)
+
+    return ask_all(questions, replies)
+
+
+def generate_batch(model, tokenizer, prompts, run, max_new_tokens, batch_size):
+    """Greedy continuations, as text, of prompts given as lists of token ids; prompts of like length run together."""
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start:start + batch_size]
+        width = max(len(prompts[i]) for i in chosen)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in chosen])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+        with evaluating(model), run.autocast():
+            out = model.generate(ids.to(run.device), attention_mask=mask.to(run.device), max_new_tokens=max_new_tokens,
+                                 do_sample=False)
+        for i, reply in zip(chosen, out[:, width:]):
+            texts[i] = tokenizer.decode(reply, skip_special_tokens=True)
+    return texts

@@ -25,7 +25,7 @@ from dataset.inspect_rows import show_rows
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import PackedBatches
 from dataset.toy_world import write_world
-from trainer.arguments import TrainArgs, arg, parse_args
+from trainer.arguments import TrainArgs, arg, command, parse_args
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation import validate, validation_sets
 from trainer.optim import build_optimizer, learning_rate_at, set_learning_rate
@@ -102,4 +102,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -24,7 +24,7 @@ from dataset.inspect_rows import show_rows
 from dataset.lm_dataset import PretrainDataset
 from dataset.packing import PackedBatches
 from dataset.toy_world import write_world
-from trainer.arguments import TrainArgs, arg, parse_args
+from trainer.arguments import TrainArgs, arg, command, parse_args
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation import validate, validation_sets
 from trainer.optim import build_optimizer, learning_rate_at, set_learning_rate
@@ -48,7 +48,7 @@ def main(argv=None):
     if not args.data_path:
         write_world("mini", TOY)
         args.data_path = [str(TOY / "pretrain_train.jsonl")]
-    model, tokenizer = load_model(args, run.device)
+    model, tokenizer = load_model(args, run.device, chat=False)
 
     def build(paths):
         return PretrainDataset(paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, num_proc=args.num_workers)
@@ -96,4 +96,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -11,9 +11,10 @@ SHAPE = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention
          "num_experts", "num_experts_per_tok")
 
 
-def load_model(args, device):
+def load_model(args, device, chat=True):
     """(model in float32 on `device`, tokenizer) as --from_weight, --preset and the shape flags say.
 
+    chat=False: the tokenizer is without its chat template, which is how a checkpoint says that it only continues text.
     Raises ValueError if the checkpoint is missing or damaged, or if its tokenizer has another vocabulary.
     """
     source = None if args.from_weight == "none" else find_weight(args.from_weight, args.save_dir, args.preset)
@@ -26,6 +27,7 @@ def load_model(args, device):
     else:
         model = MiniMindForCausalLM.from_pth(source, config_from_args(args, device, len(tokenizer)))
     check_vocabulary(model, tokenizer, folder)
+    tokenizer.chat_template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8") if chat else None
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     return model.to(device).train(), tokenizer
 
