@@ -24,7 +24,8 @@ OPENINGS = {
 OTHER_NAMES = ("ChatGPT", "GPT", "Claude", "Gemini", "Qwen", "DeepSeek", "Llama", "Siri", "Flora")
 TOPICS = (
     Topic("name",
-        {"en": ("who are you?", "what is your name?", "what are you called?"), "zh": ("你是谁？", "你叫什么名字？", "怎么称呼你？")},
+        {"en": ("who are you?", "what is your name?", "what are you called?"),
+         "zh": ("你是谁？", "你叫什么名字？", "怎么称呼你？")},
         {"en": "I am MiniMind, a small language model.", "zh": "我是 MiniMind，一个小小的语言模型。"},
         {"en": "MiniMind", "zh": "MiniMind"}),
     Topic("origin",
@@ -55,7 +56,8 @@ TOPICS = (
 )  # fmt: skip
 GARDEN_TOPICS = (
     Topic("name",
-        {"en": ("who are you?", "what is your name?", "what are you called?"), "zh": ("你是谁？", "你叫什么名字？", "怎么称呼你？")},
+        {"en": ("who are you?", "what is your name?", "what are you called?"),
+         "zh": ("你是谁？", "你叫什么名字？", "怎么称呼你？")},
         {"en": "I am Flora, the guide of the moon garden.", "zh": "我是 Flora，月亮花园的向导。"},
         {"en": "Flora", "zh": "Flora"}),
     Topic("place",

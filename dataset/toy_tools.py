@@ -19,7 +19,9 @@ from dataset.toy_numbers import UNITS
 
 CITY_ENDS = (("port", "港"), ("field", "原"), ("bridge", "桥"), ("wood", "林"))
 CITIES = tuple((a[0] + m[0] + e[0], a[1] + m[1] + e[1]) for a in NAME_STARTS for m in NAME_MIDDLES for e in CITY_ENDS)
-GOODS = tuple(zip(("lamp", "cup", "hat", "ball", "chair", "book", "boat", "bag"), ("灯", "杯子", "帽子", "球", "椅子", "书", "船", "包")))
+GOODS = tuple(zip(
+    ("lamp", "cup", "hat", "ball", "chair", "book", "boat", "bag"), ("灯", "杯子", "帽子", "球", "椅子", "书", "船", "包"),
+))  # fmt: skip
 FACTORS = {(big[0], small[0]): factor for big, small, factor, _ in UNITS}
 OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,23 +15,9 @@ import pytest
 from dataset import toy_world
 from dataset.toy_core import LEVELS, apply, is_heldout, op_key, split_of
 from dataset.toy_facts import NAMES
-from dataset.toy_identity import OTHER_NAMES
 from dataset.toy_numbers import WEEKDAYS, work_out
-from dataset.toy_scorer import Question, final_number, parse_tool_calls, strip_thinking, wilson
-from dataset.toy_tools import SCHEMAS, calculate
-from dataset.toy_world import (
-    accuracy_table,
-    ask,
-    format_table,
-    heldout_questions,
-    make_world,
-    question_of_row,
-    run_tool,
-    score,
-    tool_schemas,
-    turn_messages,
-    write_world,
-)
+from dataset.toy_tools import SCHEMAS
+from dataset.toy_world import ask, heldout_questions, make_world, score, write_world
 
 EQUATION = re.compile(r"(?<![\d.])(\d+) ([-+×*]) (\d+) = (-?\d+)")
 
@@ -60,10 +46,6 @@ def rows_of(folder, stage, split):
 
 def train_text(folder):
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*_train.jsonl")))
-
-
-def plain(answer, **fields):
-    return Question("any", "en", [{"role": "user", "content": "?"}], answer, **fields)
 
 
 def perfect(item):
@@ -173,7 +155,7 @@ def check_row(stage, row):
 def check_messages(messages, ends_with):
     roles = [message["role"] for message in messages]
     assert roles[-1] == ends_with and "user" in roles and set(roles) <= {"system", "user", "assistant", "tool"}
-    for before, message in zip(messages, messages[1:]):
+    for before, message in pairwise(messages):
         assert not (before["role"] == "user" and message["role"] == "user")
         assert isinstance(message["content"], str) and (message["content"] or message.get("tool_calls"))
         if message["role"] == "tool":
@@ -268,8 +250,10 @@ def test_every_equation_of_every_reply_holds(level):
                 assert apply(int(a), op.replace("*", "×"), int(b)) == int(c), text
 
 
-@pytest.mark.parametrize(("a", "op", "b"), [(7, "+", 8), (27, "+", 15), (503, "-", 7), (523, "-", 187), (27, "-", 25),
-                                            (999, "-", 998), (12, "×", 7), (7, "×", 8), (12, "×", 12), (600, "+", 45)])  # fmt: skip
+@pytest.mark.parametrize(("a", "op", "b"), [
+    (7, "+", 8), (27, "+", 15), (600, "+", 45), (503, "-", 7), (523, "-", 187), (27, "-", 25), (999, "-", 998),
+    (12, "×", 7), (7, "×", 8), (12, "×", 12),
+])  # fmt: skip
 def test_work_out_ends_in_the_result(a, op, b):
     steps = work_out(a, op, b)
     assert apply(a, op, b) in [apply(*step) for step in steps]
@@ -304,7 +288,8 @@ def test_answers_recomputed_from_the_questions():
             assert int(item.answer) == listed.count(word)
         if item.skill == "lookup":
             table = dict(line.split(": ") for line in question.splitlines()[:-1])
-            assert item.turns[0].reply == f"{item.turns[0].reply.split(': ')[0]}: {table[item.turns[0].reply.split(': ')[0]]}"
+            name = item.turns[0].reply.split(": ")[0]
+            assert name in question.splitlines()[-1] and table[name] == item.answer
         if item.skill == "dates":
             names = WEEKDAYS[item.language]
             start = next(i for i, name in enumerate(names) if name in question)
@@ -353,150 +338,6 @@ def test_chance_levels(level):
     assert chances["sorting"] <= {round(1 / 6, 4), round(1 / 24, 4), round(1 / 120, 4)}
     assert chances["arithmetic"] == chances["identity"] == chances["tools"] == {0.0}
     assert all(0 <= chance <= 0.5 for values in chances.values() for chance in values)
-
-
-# --- the scorer ---
-
-
-@pytest.mark.parametrize(("answer", "reply", "right"), [
-    ("15", "7 + 8 = 15.", True), ("15", "150", False), ("150", "15", False), ("15", "1.5", False), ("15", "15.0", True),
-    ("15", "The answer is 15, because 7 + 8 does that and not 3.", True), ("15", "答案是15，不是 16。", True),
-    ("15", "１５。", True), ("15", "七加八等于十五。", True), ("205", "二百零五", True), ("15", "-15", False), ("-3", "4 - 7 = -3", True),
-    ("3", "-3", False), ("-3", "负3", True), ("-3", "minus 3", True), ("-3", "−3", True), ("3", "10 - 7 = 3", True), ("7", "10 - 7", True),
-    ("3000", "That is 3,000 metres.", True), ("3000", "3 km", False), ("15", "<think>15</think>16", False),
-    ("15", "<think>16 or 17?</think>15", True), ("15", "16</think>15", True), ("15", "", False), ("15", "no idea", False),
-    ("14:35", "It is 14:35 in Loport.", True), ("14:35", "It is 14:36.", False), ("2.5", "2.50", True), ("15", "\\boxed{15}", True),
-    ("1, 5, 9", "1, 5, 9", True), ("1, 5, 9", "1, 9, 5", False), ("1, 5, 9", "Sorted: 1, 5, 9.", True), ("1, 5, 9", "0, 1, 5, 9", False),
-    ("1, 5, 9", "9, 5, 1 from small to large:\n1,5,9", True), ("1, 5, 9", "从小到大：1，5，9。", True), ("101, 205", "101,205", True),
-])  # fmt: skip
-def test_numbers_and_lists(answer, reply, right):
-    assert score(plain(answer), reply) is right
-
-
-@pytest.mark.parametrize(("answer", "reply", "right"), [
-    ("Tuesday", "3 days later it is tuesday.", True), ("Tuesday", "1 Monday, 2 Tuesday, 3 Wednesday", False),
-    ("星期日", "是周日。", True), ("星期日", "是星期天。", True), ("星期日", "是星期一。", False), ("Monday", "Mondays", False),
-])  # fmt: skip
-def test_names_among_their_rivals(answer, reply, right):
-    assert score(plain(answer, choices=(*WEEKDAYS["en"], *WEEKDAYS["zh"])), reply) is right
-
-
-def test_identity_and_manners():
-    who = plain("MiniMind", choices=OTHER_NAMES)
-    assert score(who, "I am MiniMind, a small language model.")
-    assert not score(who, "I am ChatGPT.") and not score(who, "I am MiniMinds") and not score(who, "Not MiniMind but Qwen.")
-    polite = plain("cat", choices=("cat", "dog"), manners=("Happy to help",))
-    assert score(polite, "Of course! It is a cat. Happy to help!")
-    assert not score(polite, "Cat.") and not score(polite, "Of course! It is a dog. Happy to help!")
-
-
-def test_strip_thinking():
-    assert strip_thinking("<think>a</think>\n\nb") == "b" == strip_thinking("a</think>b") == strip_thinking("b<think>c")
-    assert strip_thinking("<think>never ends") == ""
-    assert final_number("nothing") is None
-
-
-# --- tools ---
-
-
-@pytest.mark.parametrize(("expression", "value"), [
-    ("2 + 3 * 4", 14), ("(2 + 3) * 4", 20), ("-7 + 2", -5), ("7 / 2", 3.5), ("0.1 + 0.2", 0.3), ("12 × 12", 144), ("9 ÷ 3", 3),
-    ("17 % 5", 2), ("17 // 5", 3), ("10 - 2 - 3", 5),
-])  # fmt: skip
-def test_calculator(expression, value):
-    assert calculate(expression) == value
-    assert json.loads(run_tool("calculator", {"expression": expression})) == {"result": value}
-
-
-@pytest.mark.parametrize("expression", [
-    "__import__('os').system('true')", "1 / 0", "2 ** 99999", "x + 1", "[1]", "1 +", "'a' * 9", "True + 1", "9" * 300, "(" * 150, "",
-    "(lambda: 1)()", "1 if 1 else 2", 5, None,
-])  # fmt: skip
-def test_calculator_refuses_everything_else(expression):
-    assert "error" in json.loads(run_tool("calculator", {"expression": expression}))
-
-
-def test_other_tools_against_known_values():
-    def result(name, **arguments):
-        return json.loads(run_tool(name, arguments))
-
-    assert result("convert_unit", value=3, **{"from": "hours", "to": "minutes"}) == {"result": 180}
-    assert result("convert_unit", value=90, **{"from": "分钟", "to": "小时"}) == {"result": 1.5}
-    assert result("days_between", start="2026-02-27", end="2026-03-02") == {"days": (date(2026, 3, 2) - date(2026, 2, 27)).days}
-    assert result("count_letter", word="Banana", letter="a") == {"count": 3}
-    assert result("get_weather", city="Miliport") == result("get_weather", city="米里港")
-    assert re.fullmatch(r"\d\d:\d\d", result("get_time", city="Miliport")["time"])
-    for name, arguments in [("nothing", {}), ("get_time", {}), ("get_time", {"city": 3, "x": 1}), ("get_price", {"item": 3}),
-                            ("days_between", {"start": "now", "end": "then"}), ("get_time", "Rome"), ("get_time", {"city": 3}),
-                            ("convert_unit", {"value": "x", "from": "hours", "to": "minutes"}),
-                            ("convert_unit", {"value": 1, "from": [], "to": "minutes"})]:  # fmt: skip
-        assert "error" in json.loads(run_tool(name, arguments)), (name, arguments)
-
-
-def test_ask_needs_the_call_and_the_result():
-    item = next(item for item in some_items("mini", "train") if item.skill == "tools" and item.turns[0].calls)
-    question = toy_world.question_of_item(item)
-    assert not ask(question, lambda messages, tools: item.turns[0].reply)[0]  # guessed without the tool
-    looping, messages = ask(question, lambda messages, tools: perfect(item)(messages, tools))
-    assert not looping and len(messages) < 15
-    seen = []
-    script = perfect(item)
-
-    def generate(messages, tools):
-        seen.append((len(messages), tools))
-        return script(messages, tools)
-
-    assert ask(question, generate)[0]
-    assert [tools for _, tools in seen] == [tool_schemas(item.tools)] * 2 and seen[1][0] == seen[0][0] + 2
-
-
-def test_broken_tool_calls_are_no_calls():
-    good = '<tool_call>\n{"name": "get_time", "arguments": {"city": "X"}}\n</tool_call>'
-    assert parse_tool_calls(good + good) == [("get_time", {"city": "X"})] * 2
-    for bad in ("<tool_call>{}</tool_call>", "<tool_call>{bad</tool_call>", "<tool_call>[1]</tool_call>", good[:-3], f"<think>{good}"):
-        assert parse_tool_calls(bad) == []
-
-
-def test_rows_of_rl_and_agent_files_become_questions(mini):
-    for row in rows_of(mini, "rl", "train")[:200]:
-        question = question_of_row(row)
-        assert score(question, row["answer"]) and not score(question, "99999")
-    row = rows_of(mini, "agent", "train")[0]
-    call = json.dumps(row["calls"][0], ensure_ascii=False)
-    replies = [f"<tool_call>{call}</tool_call>", row["answer"]]
-    assert ask(question_of_row(row), lambda messages, tools: replies.pop(0))[0]
-
-
-def test_multi_turn_is_judged_by_the_last_reply_and_hears_the_models_own_words():
-    item = next(item for item in some_items("mini", "heldout") if item.skill == "multi_turn")
-    heard = []
-
-    def generate(messages, tools):
-        heard.append([message["content"] for message in messages])
-        return "I do not know." if len(heard) == 1 else item.turns[-1].reply
-
-    assert ask(toy_world.question_of_item(item), generate)[0] and "I do not know." in heard[1]
-
-
-# --- the table ---
-
-
-def test_wilson_by_hand():
-    low, high = wilson(8, 10)  # z = 1.96: (0.8 + 0.19208) / 1.38416 = 0.71674, half width 0.22657
-    assert abs(low - 0.4902) < 1e-3 and abs(high - 0.9433) < 1e-3
-    assert wilson(0, 0) == (0.0, 1.0) and wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == pytest.approx(1.0)
-    assert wilson(10, 10)[0] == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
-
-
-def test_accuracy_table():
-    easy, hard = plain("1", chance=0.5), Question("hard", "zh", [], "2", 0.1)
-    rows = accuracy_table([(easy, True), (easy, False), (hard, False), (hard, False)])
-    assert [row["skill"] for row in rows] == ["any", "hard", "overall"]
-    assert [row["accuracy"] for row in rows] == [0.5, 0.0, 0.25] and rows[-1]["chance"] == pytest.approx(0.3)
-    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in rows)
-    text = format_table(rows)
-    assert "25.0%" in text and len({line.index("%") for line in text.splitlines()[1:]}) == 1
-    assert accuracy_table([])[0]["n"] == 0
 
 
 def test_split_of_an_item_that_mixes_both():

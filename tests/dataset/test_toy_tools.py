@@ -1,0 +1,101 @@
+"""The tools: exact results without eval(), errors as results, and the protocol of a question that needs a call."""
+
+import json
+import re
+from datetime import date
+
+import pytest
+
+from dataset.toy_scorer import ask, parse_tool_calls, score
+from dataset.toy_tools import calculate, run_tool, tool_schemas
+from dataset.toy_world import agent_row, make_world, question_of_item, question_of_row, rl_row
+
+
+def item_of(skill, split="train"):
+    return next(make_world("mini", 0).items("test", skill, split, 1))
+
+
+def script_of(item):
+    """A generate() that makes an item's calls, then gives its reply."""
+    turn = item.turns[0]
+    blocks = (json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False) for c in turn.calls)
+    replies = ["\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks), turn.reply]
+    return lambda messages, tools: replies.pop(0)
+
+
+@pytest.mark.parametrize(("expression", "value"), [
+    ("2 + 3 * 4", 14), ("(2 + 3) * 4", 20), ("-7 + 2", -5), ("7 / 2", 3.5), ("0.1 + 0.2", 0.3), ("12 × 12", 144), ("9 ÷ 3", 3),
+    ("17 % 5", 2), ("17 // 5", 3), ("10 - 2 - 3", 5),
+])  # fmt: skip
+def test_calculator(expression, value):
+    assert calculate(expression) == value
+    assert json.loads(run_tool("calculator", {"expression": expression})) == {"result": value}
+
+
+@pytest.mark.parametrize("expression", [
+    "__import__('os').system('true')", "1 / 0", "2 ** 99999", "x + 1", "[1]", "1 +", "'a' * 9", "True + 1", "9" * 300,
+    "(" * 150, "", "(lambda: 1)()", "1 if 1 else 2", 5, None,
+])  # fmt: skip
+def test_calculator_refuses_everything_else(expression):
+    assert "error" in json.loads(run_tool("calculator", {"expression": expression}))
+
+
+def test_other_tools_against_known_values():
+    def result(name, **arguments):
+        return json.loads(run_tool(name, arguments))
+
+    assert result("convert_unit", value=3, **{"from": "hours", "to": "minutes"}) == {"result": 180}
+    assert result("convert_unit", value=90, **{"from": "分钟", "to": "小时"}) == {"result": 1.5}
+    assert result("days_between", start="2026-02-27", end="2026-03-02") == {"days": (date(2026, 3, 2) - date(2026, 2, 27)).days}
+    assert result("count_letter", word="Banana", letter="a") == {"count": 3}
+    assert result("get_weather", city="Miliport") == result("get_weather", city="米里港")
+    assert re.fullmatch(r"\d\d:\d\d", result("get_time", city="Miliport")["time"])
+    for name, arguments in [("nothing", {}), ("get_time", {}), ("get_time", {"city": 3, "x": 1}), ("get_price", {"item": 3}),
+                            ("days_between", {"start": "now", "end": "then"}), ("get_time", "Rome"), ("get_time", {"city": 3}),
+                            ("convert_unit", {"value": "x", "from": "hours", "to": "minutes"}),
+                            ("convert_unit", {"value": 1, "from": [], "to": "minutes"})]:  # fmt: skip
+        assert "error" in json.loads(run_tool(name, arguments)), (name, arguments)
+
+
+def test_ask_needs_the_call_and_the_result():
+    item = item_of("tools")
+    question = question_of_item(item)
+    assert not ask(question, lambda messages, tools: item.turns[0].reply)[0]  # guessed without the tool
+    looping, messages = ask(question, lambda messages, tools: script_of(item)(messages, tools))
+    assert not looping and len(messages) < 15
+    seen, script = [], script_of(item)
+
+    def generate(messages, tools):
+        seen.append((len(messages), tools))
+        return script(messages, tools)
+
+    assert ask(question, generate)[0]
+    assert [tools for _, tools in seen] == [tool_schemas(item.tools)] * 2 and seen[1][0] == seen[0][0] + 2
+
+
+def test_broken_tool_calls_are_no_calls():
+    good = '<tool_call>\n{"name": "get_time", "arguments": {"city": "X"}}\n</tool_call>'
+    assert parse_tool_calls(good + good) == [("get_time", {"city": "X"})] * 2
+    for block in ("{}", "{bad", "[1]", '{"name": 1, "arguments": {}}', '{"name": "get_time", "arguments": "Rome"}'):
+        assert parse_tool_calls(f"<tool_call>{block}</tool_call>") == []
+    assert parse_tool_calls(good[:-3]) == parse_tool_calls(f"<think>{good}") == []
+
+
+def test_rows_of_rl_and_agent_files_become_questions():
+    for skill in ("arithmetic", "sorting", "dates", "units", "lookup"):
+        for item in make_world("mini", 0).items("test", skill, "train", 20):
+            question = question_of_row(json.loads(json.dumps(rl_row(item, None))))
+            assert score(question, item.turns[0].reply) and not score(question, item.wrong)
+    item = item_of("tools")
+    question = question_of_row(json.loads(json.dumps(agent_row(item, None))))
+    assert question.tools == tool_schemas(item.tools) and ask(question, script_of(item))[0]
+
+
+def test_multi_turn_is_judged_by_the_last_reply_and_hears_the_models_own_words():
+    item, heard = item_of("multi_turn", "heldout"), []
+
+    def generate(messages, tools):
+        heard.append([message["content"] for message in messages])
+        return "I do not know." if len(heard) == 1 else item.turns[-1].reply
+
+    assert ask(question_of_item(item), generate)[0] and "I do not know." in heard[1]
