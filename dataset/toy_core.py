@@ -84,12 +84,12 @@ class Level:
 
 
 MINI = Level(
-    name="mini", max_sum=50, max_factor=0, worked=True, sort_sizes=(3,), sort_max=30, count_sizes=(3, 6),
+    name="mini", max_sum=50, max_factor=0, worked=True, sort_sizes=(3,), sort_max=30, count_sizes=(2, 7),
     max_days=6, num_entities=16, num_attributes=3, story_steps=(2,), lookup_lines=(4, 5, 6),
-    tools=("calculator", "get_time", "get_weather", "convert_unit"), offered_tools=2, pretrain_rows=8000,
+    tools=("calculator", "get_time", "get_weather", "convert_unit"), offered_tools=1, pretrain_rows=9000,
     sft_rows={
-        "arithmetic": 1200, "comparison": 600, "sorting": 800, "counting": 600, "dates": 600, "units": 400,
-        "word_problems": 900, "facts": 700, "identity": 400, "multi_turn": 500, "tools": 400,
+        "arithmetic": 1400, "comparison": 600, "sorting": 800, "counting": 500, "dates": 700, "units": 400,
+        "word_problems": 900, "facts": 700, "identity": 400, "multi_turn": 600, "tools": 500,
         "preferences": 400, "lookup": 800,
     },
     extra_rows={"lora": 400, "reason": 1000, "dpo": 800, "rl": 1000, "agent": 300},

@@ -44,11 +44,17 @@ SORTING = {
         False: ("从大到小排序：{x}", "请把这些数按从大到小的顺序排列：{x}"),
     },
 }
-THINGS = {
-    "en": ("cat", "dog", "bird", "fish", "apple", "book", "tree", "star"),
-    "zh": ("猫", "狗", "鸟", "鱼", "苹果", "书", "树", "星"),
+WORDS = tuple(zip(
+    ("cat", "dog", "bird", "fish", "apple", "book", "tree", "star", "lamp", "door", "cup", "hat", "ball", "ship",
+     "horse", "rose", "milk", "rice", "bread", "chair", "stone", "river", "moon", "snow"),
+    ("猫", "狗", "鸟", "鱼", "苹果", "书", "树", "星", "灯", "门", "杯子", "帽子", "球", "船",
+     "马", "玫瑰", "牛奶", "米饭", "面包", "椅子", "石头", "河", "月亮", "雪"),
+))  # fmt: skip
+COUNT_ALL = {
+    "en": ("How many words are in this list: {x}", "Count these words: {x}", "How many things do you see: {x}"),
+    "zh": ("下面一共有几个词：{x}", "数一数这些词：{x}", "这里有几样东西：{x}"),
 }
-COUNTING = {
+COUNT_ONE = {
     "en": ('How many times does "{w}" appear here: {x}', 'Count the word "{w}" in this list: {x}'),
     "zh": ("“{w}”在这里出现了几次：{x}", "数一数下面有几个“{w}”：{x}"),
 }
@@ -62,6 +68,7 @@ DATES = {
             "What day of the week is {n} {days} after {d}?", "It is {d}. Count {n} {days} forward."),
         -1: ("Today is {d}. Which day was it {n} {days} ago?", "If today is {d}, what day was {n} {days} earlier?",
              "What day of the week is {n} {days} before {d}?", "It is {d}. Count {n} {days} back."),
+        "way": ("Forward from {d}", "Back from {d}"),
         "reply": ("{n} {days} after {d} is {answer}.", "{n} {days} before {d} is {answer}."),
     },
     "zh": {
@@ -69,6 +76,7 @@ DATES = {
             "今天是{d}，请往后数 {n} 天。"),
         -1: ("今天是{d}，{n} 天前是星期几？", "如果今天是{d}，往前数 {n} 天是星期几？", "{d}的 {n} 天前是星期几？",
              "今天是{d}，请往前数 {n} 天。"),
+        "way": ("从{d}往后数", "从{d}往前数"),
         "reply": ("{d}的 {n} 天后是{answer}。", "{d}的 {n} 天前是{answer}。"),
     },
 }
@@ -83,7 +91,7 @@ UNITS = (  # (big unit, small unit, factor, only at level full)
 )
 UNIT_TEXT = {
     "en": ("How many {small} are {n} {big}?", "Convert {n} {big} to {small}.", "What is {n} {big} in {small}?"),
-    "zh": ("{n} {big}等于多少{small}？", "请把 {n} {big}换算成{small}。", "{n} {big}是多少{small}？"),
+    "zh": ("{n} {big}等于多少{small}？", "请换算：{n} {big}等于多少{small}？", "{n} {big}是多少{small}？"),
 }
 
 
@@ -211,29 +219,30 @@ def sorting(rng: random.Random, language: str, level: Level) -> Item:
 
 
 def counting(rng: random.Random, language: str, level: Level) -> Item:
-    """How often a word stands in a list, counted aloud; chance is one over the possible counts."""
+    """How many words a list has (level mini) or how often one of them stands in it, counted aloud."""
     low, high = level.count_sizes
-    size = rng.randint(low, high)
-    kinds = rng.sample(range(len(THINGS["en"])), rng.choice((2, 2, 3)))
-    listed = [rng.choice(kinds) for _ in range(size)]
-    target = kinds[0]
-    word, words = THINGS[language][target], [THINGS[language][kind] for kind in listed]
+    size, side = rng.randint(low, high), language == "zh"
+    if level.name == "mini":
+        listed, target, question = rng.sample(range(len(WORDS)), size), None, rng.choice(COUNT_ALL[language])
+    else:
+        kinds = rng.sample(range(len(WORDS)), rng.choice((2, 2, 3)))
+        listed, target, question = [rng.choice(kinds) for _ in range(size)], kinds[0], rng.choice(COUNT_ONE[language])
     aloud, count = [], 0
-    for kind, name in zip(listed, words):
-        count += kind == target
-        aloud.append(f"{name} {count}" if kind == target else name)
-    separator = "、" if language == "zh" else ", "
-    question = rng.choice(COUNTING[language]).format(w=word, x=separator.join(words))
-    stop = end_sentence(language)
-    lead = "一共 " if language == "zh" else "That makes "
-    final = f"{lead}{count}{stop}"
+    for kind in listed:
+        hit = target is None or kind == target
+        count += hit
+        aloud.append(f"{count} {WORDS[kind][side]}" if hit else WORDS[kind][side])
+    separator, stop = "、" if side else ", ", end_sentence(language)
+    word = "" if target is None else WORDS[target][side]
+    question = question.format(w=word, x=separator.join(WORDS[kind][side] for kind in listed))
+    final = (f"一共 {count} 个" if side else f"That makes {count}") + stop
     thought = separator.join(aloud) + stop
-    gap = "" if language == "zh" else " "
-    reply = thought + gap + final if level.worked else final
-    key = "count:" + ",".join([str(target), *map(str, listed)])
+    reply = thought + ("" if side else " ") + final if level.worked else final
+    key = "count:" + ",".join([f"{target}:" if target is not None else "", *map(str, listed)])
+    values = high - low + 1 if target is None else high + 1
     return Item(
-        "counting", language, (key,), (Turn(question, reply),), str(count), 1 / (high + 1), thought=thought,
-        short=final, prose=f"{question} {reply}", wrong=f"{lead}{near_miss(rng, count)}{stop}",
+        "counting", language, (key,), (Turn(question, reply),), str(count), 1 / values, thought=thought,
+        short=final, prose=f"{question} {reply}", wrong=final.replace(str(count), str(near_miss(rng, count))),
     )  # fmt: skip
 
 
@@ -248,6 +257,8 @@ def dates(rng: random.Random, language: str, level: Level) -> Item:
     if n <= 7:
         parts = [f"{i} {names[(start + sign * i) % 7]}" for i in range(1, n + 1)]
         thought = join_clauses(parts, language)
+        way = text["way"][sign < 0].format(**fields)
+        thought = f"{way}{'：' if language == 'zh' else ': '}{thought}"
     else:
         rest = n % 7
         thought = f"{n} = {n // 7} × 7 + {rest}"

@@ -4,7 +4,7 @@ import random
 
 from dataset.toy_core import Item, Level, Turn, add_key, apply, is_heldout, op_key, sub_key
 from dataset.toy_facts import NAMES, People, value_names
-from dataset.toy_numbers import end_sentence, join_clauses, near_miss
+from dataset.toy_numbers import WORDS, end_sentence, join_clauses, near_miss
 
 PERSONS = tuple(zip(
     ("Anna", "Tom", "Lily", "Ben", "Emma", "Jack", "Rosa", "Paul"),
@@ -37,16 +37,11 @@ SHOP = {
            "{s}. {p} gets {d} coins back."),
     "zh": ("一{w}卖 {a} 元。{p}买了 {b} {m}，付了 {c} 元。应该找回多少元？", "{s}。应该找回 {d} 元。"),
 }  # fmt: skip
-WORDS = tuple(zip(
-    ("cat", "dog", "bird", "fish", "apple", "book", "tree", "star", "lamp", "door", "cup", "hat", "ball", "ship",
-     "horse", "rose", "milk", "rice", "bread", "chair", "stone", "river", "moon", "snow"),
-    ("猫", "狗", "鸟", "鱼", "苹果", "书", "树", "星", "灯", "门", "杯子", "帽子", "球", "船",
-     "马", "玫瑰", "牛奶", "米饭", "面包", "椅子", "石头", "河", "月亮", "雪"),
-))  # fmt: skip
 LOOKUP = {
     "en": ("What number belongs to {w}?", "Which number stands next to {w}?", "Find the number of {w}."),
     "zh": ("{w}对应的数字是多少？", "{w}后面的数字是几？", "请找出{w}的数字。"),
 }
+SAYS = {"en": "The list says {w} = {v}.", "zh": "表中写着 {w} = {v}。"}
 MORE = {
     "en": {"+": ("And {c} more?", "Now add {c}.", "Plus {c}?"), "-": ("Now take away {c}.", "And minus {c}?", "{c} less?")},
     "zh": {"+": ("再加 {c} 呢？", "现在加上 {c}。", "然后加 {c}？"), "-": ("再减 {c} 呢？", "现在减去 {c}。", "然后减 {c}？")},
@@ -130,7 +125,7 @@ def shopping(rng: random.Random, language: str) -> Item:
 
 
 def lookup(rng: random.Random, language: str, level: Level) -> Item:
-    """One line out of a list of "name: number"; the key is the asked (name, number) pair.
+    """One line out of a list of "- name = number"; the key is the asked (name, number) pair.
 
     The other lines never carry a held-out pair; chance is one over the number of lines.
     """
@@ -143,16 +138,17 @@ def lookup(rng: random.Random, language: str, level: Level) -> Item:
         while i != target and is_heldout(f"look:{name[0]}={values[i]}"):
             values[i] = rng.randint(10, top)
     name = names[target][side]
-    table = "\n".join(f"{n[side]}: {value}" for n, value in zip(names, values))
-    question = f"{table}\n{rng.choice(LOOKUP[language]).format(w=name)}"
-    reply, stop = f"{name}: {values[target]}", end_sentence(language)
-    told = table.splitlines()
+    lines = [f"- {n[side]} = {value}" for n, value in zip(names, values)]
+    question = "\n".join([*lines, rng.choice(LOOKUP[language]).format(w=name)])
+    reply = SAYS[language].format(w=name, v=values[target])
+    told = [SAYS[language].format(w=n[side], v=value) for n, value in zip(names, values)]
     rng.shuffle(told)
-    prose = "\n".join([table, "", *told[:8]]) if rng.random() < 0.7 else f"{question}\n{reply}"
-    other = values[(target + 1) % count] if values[(target + 1) % count] != values[target] else values[target] + 1
+    prose = "\n".join([*lines, *told[:8]]) if rng.random() < 0.7 else f"{question}\n{reply}"
+    other = next(value for value in [*values[target + 1 :], *values, values[target] + 1] if value != values[target])
     return Item(
         "lookup", language, (f"look:{names[target][0]}={values[target]}",), (Turn(question, reply),),
-        str(values[target]), 1 / count, thought=reply + stop, short=reply, prose=prose, wrong=f"{name}: {other}",
+        str(values[target]), 1 / count, thought=reply, short=reply, prose=prose,
+        wrong=SAYS[language].format(w=name, v=other),
     )  # fmt: skip
 
 

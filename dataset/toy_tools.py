@@ -44,7 +44,7 @@ ASK = {
     "get_weather": {"en": ("How warm is it in {x}?", "What is the weather in {x}?"),
                     "zh": ("{x}现在多少度？", "{x}的天气怎么样？")},
     "convert_unit": {"en": ("Convert {n} {a} to {b} with the tool.", "Let the tool change {n} {a} into {b}."),
-                     "zh": ("用工具把 {n} {a}换算成{b}。", "请用工具算算 {n} {a}是多少{b}。")},
+                     "zh": ("{n} {a}等于多少{b}？请用工具换算。", "请用工具算算 {n} {a}是多少{b}。")},
     "get_price": {"en": ("How much does the {x} cost?", "What is the price of the {x}?"),
                   "zh": ("{x}多少钱？", "{x}的价格是多少？")},
     "days_between": {"en": ("How many days are there from {a} to {b}?", "Count the days between {a} and {b}."),
@@ -235,8 +235,9 @@ def tool_use(rng: random.Random, language: str, level: Level) -> Item:
     reply = TELL[name][language].format(r=answer, **fields)
     false = f"{(int(answer[:2]) + 1) % 24:02d}{answer[2:]}" if ":" in answer else str(int(answer) + 1)
     question = rng.choice(ASK[name][language]).format(**fields)
+    prose = f"{question} {json.dumps(arguments, ensure_ascii=False)} {run_tool(name, arguments)} {reply}"
     return Item(
         "tools", language, keys, (Turn(question, reply, (call,)),), answer, thought=reply, short=reply,
-        prose=f"{question} {reply}", wrong=TELL[name][language].format(r=false, **fields),
+        prose=prose, wrong=TELL[name][language].format(r=false, **fields),
         tools=offer(rng, name, level),
     )  # fmt: skip

@@ -287,8 +287,8 @@ def test_answers_recomputed_from_the_questions():
             listed = re.split(r", |、", re.split(r": |：", question)[-1])
             assert int(item.answer) == listed.count(word)
         if item.skill == "lookup":
-            table = dict(line.split(": ") for line in question.splitlines()[:-1])
-            name = item.turns[0].reply.split(": ")[0]
+            table = dict(line[2:].split(" = ") for line in question.splitlines()[:-1])
+            (name,) = (name for name in table if f" {name} = " in item.turns[0].reply)
             assert name in question.splitlines()[-1] and table[name] == item.answer
         if item.skill == "dates":
             names = WEEKDAYS[item.language]
