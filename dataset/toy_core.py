@@ -98,15 +98,15 @@ MINI = Level(
 FULL = Level(
     name="full", max_sum=999, max_factor=12, worked=False, sort_sizes=(3, 4, 5), sort_max=199,
     count_sizes=(4, 14), max_days=60, num_entities=240, num_attributes=5, story_steps=(2, 3, 4, 5),
-    lookup_lines=(6, 12, 24, 60, 200),
+    lookup_lines=(6, 6, 8, 8, 12, 12, 24, 24, 60, 160),
     tools=("calculator", "get_time", "get_weather", "convert_unit", "get_price", "days_between", "count_letter"),
     offered_tools=3, pretrain_rows=120_000,
     sft_rows={
         "arithmetic": 12_000, "comparison": 4000, "sorting": 5000, "counting": 4000, "dates": 4000,
         "units": 3000, "word_problems": 10_000, "facts": 12_000, "facts_read": 4000, "identity": 1500,
-        "multi_turn": 4000, "tools": 5000, "preferences": 3000, "lookup": 5000,
+        "multi_turn": 4000, "tools": 5000, "preferences": 3000, "lookup": 4000,
     },
-    extra_rows={"lora": 2000, "reason": 12_000, "dpo": 8000, "rl": 8000, "agent": 3000},
+    extra_rows={"lora": 400, "reason": 12_000, "dpo": 8000, "rl": 8000, "agent": 3000},
 )  # fmt: skip
 
 LEVELS = {"mini": MINI, "full": FULL}

@@ -186,7 +186,7 @@ def draw_call(rng: random.Random, name: str, side: bool) -> tuple[dict, dict, tu
         return {"item": item}, {"x": item}, (f"item:{colour[0]} {thing[0]}",)
     if name == "days_between":
         start = date(2026, 1, 1) + timedelta(rng.randrange(300))
-        end = start + timedelta(rng.randint(1, 99))
+        end = start + timedelta(rng.randint(2, 99))
         fields = {"a": start.isoformat(), "b": end.isoformat()}
         return {"start": fields["a"], "end": fields["b"]}, fields, (f"span:{start}/{end}",)
     word = rng.choice(CITIES)[0].lower()
