@@ -94,7 +94,7 @@ class TrainArgs:
     use_moe: bool = arg(False, "mixture of experts: 4, of which each token visits one")
     max_seq_len: int = arg(512, "tokens of a packed row: the longest that is trained on")
     epochs: int = arg(1, "passes over the data")
-    max_steps: int | None = arg(None, "end after so many optimizer steps, whatever --epochs says")
+    max_steps: int | None = arg(None, "end after so many optimizer steps, though --epochs would go on")
     batch_size: int = arg(8, "packed rows of a micro-batch")
     accumulation_steps: int = arg(1, "micro-batches of an optimizer step")
     learning_rate: float = arg(5e-4, "peak learning rate")

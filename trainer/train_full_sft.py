@@ -45,6 +45,13 @@ class SFTArgs(TrainArgs):
     system_prompt_share: float = arg(0.0, "share of the rows without a system message that get one")
     empty_think_share: float = arg(0.0, "share of the answers without reasoning that get an empty think block")
 
+    def check(self):
+        """TrainArgs.check, and the two shares."""
+        super().check()
+        for name in ("system_prompt_share", "empty_think_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give a share from 0 to 1")
+
 
 def main(argv=None):
     args = parse_args(SFTArgs, argv)

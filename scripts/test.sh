@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Makes the environment and runs all tests; arguments go to pytest: bash scripts/test.sh -k packing
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+make_environment requirements-dev.txt
+.venv/bin/python -m ruff check .
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"

@@ -1,0 +1,78 @@
+"""Bits per byte against a row-by-row computation, batched generation against one prompt at a time, the toy benchmark."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.toy_world import heldout_questions, make_world
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.arguments import TrainArgs
+from trainer.evaluation import bits_per_byte, generate_batch, sample, toy_answers
+from trainer.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "model")
+
+
+@pytest.fixture
+def run():
+    return Run(TrainArgs(device="cpu"))
+
+
+def tiny_model(tokenizer, **changes):
+    torch.manual_seed(0)
+    return MiniMindForCausalLM(MiniMindConfig(**{**dict(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, initializer_range=0.2), **changes}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 4}])
+def test_bits_per_byte_equals_a_loop_over_rows(changes, rows, tokenizer, run):
+    model = tiny_model(tokenizer, **changes)
+    dataset = PretrainDataset(rows["pretrain"], tokenizer, 64)
+    nll = sum(torch.nn.functional.cross_entropy(
+        model(torch.from_numpy(row["input_ids"])[None]).logits[0, :-1], torch.from_numpy(row["labels"])[1:],
+        ignore_index=-100, reduction="sum").item() for row in dataset)
+    text = sum(len(line.encode()) for line in (__import__("json").loads(x)["text"] for x in rows["pretrain"].open()))
+    score = bits_per_byte(model, tokenizer, dataset, run, 64, batch_size=3)
+    assert score["bytes"] == text
+    assert score["bpb"] == pytest.approx(nll / math.log(2) / text, rel=1e-5)
+    assert model.training
+
+
+def test_batched_generation_equals_one_prompt_at_a_time(tokenizer, run):
+    model = tiny_model(tokenizer).eval()
+    prompts = [tokenizer(text).input_ids for text in ("one", "two three four", "你好", "a b c d e f g")]
+    together = generate_batch(model, tokenizer, prompts, run, 8, batch_size=3)
+    assert together == [generate_batch(model, tokenizer, [prompt], run, 8, batch_size=1)[0] for prompt in prompts]
+
+
+def test_a_sample_begins_where_the_assistant_does(rows, tokenizer, run):
+    model = tiny_model(tokenizer)
+    prompt, _ = sample(model, tokenizer, SFTDataset(rows["sft"], tokenizer, 64), 0, run, max_new_tokens=2)
+    assert prompt == "<|im_start|>user\nWhat is 0 plus 1?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_toy_benchmark_sees_right_and_wrong_answers(tokenizer, run, monkeypatch):
+    questions = [q for q in heldout_questions(make_world("mini"), 6) if q.skill in ("arithmetic", "comparison")]
+    by_text = {q.messages[-1]["content"]: q.answer for q in questions}
+    seen = []
+
+    def oracle(model, tokenizer, prompts, *rest):
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        seen.extend(texts)
+        return [next(answer for text, answer in by_text.items() if text in prompt) for prompt in texts]
+
+    monkeypatch.setattr("trainer.evaluation.generate_batch", oracle)
+    assert all(right for _, right in toy_answers(None, tokenizer, questions, run))
+    assert all(text.endswith("<|im_start|>assistant\n") for text in seen)
+    monkeypatch.setattr("trainer.evaluation.generate_batch", lambda m, t, prompts, *rest: ["-"] * len(prompts))
+    assert not any(right for _, right in toy_answers(None, tokenizer, questions, run))

@@ -1,0 +1,46 @@
+"""Schedules against values worked out by hand, and which parameters decay."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.optim import build_optimizer, learning_rate_at
+
+
+def schedule(**changes):
+    options = dict(learning_rate=1.0, warmup_share=0.2, min_lr_share=0.1, decay_share=0.4, schedule="cosine", **changes)
+    return SimpleNamespace(**options)
+
+
+def test_cosine():
+    rates = [learning_rate_at(step, 10, schedule()) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[9] == pytest.approx(0.1)
+    assert learning_rate_at(5, 9, SimpleNamespace(**{**vars(schedule()), "warmup_share": 0.2})) == pytest.approx(0.55)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_warmup_stable_decay():
+    args = SimpleNamespace(**{**vars(schedule()), "schedule": "wsd"})
+    rates = [learning_rate_at(step, 10, args) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325, 0.1])
+
+
+def test_one_step_and_no_warmup_are_defined():
+    for kind in ("cosine", "wsd"):
+        args = SimpleNamespace(learning_rate=1.0, warmup_share=0.0, min_lr_share=0.1, decay_share=0.0, schedule=kind)
+        assert learning_rate_at(0, 1, args) == pytest.approx(1.0)
+
+
+def test_matrices_decay_and_norms_do_not():
+    model = MiniMindForCausalLM(MiniMindConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                               num_key_value_heads=1, intermediate_size=16, qk_norm=True))
+    optimizer = build_optimizer(model, SimpleNamespace(learning_rate=0.1, weight_decay=0.5, beta2=0.95))
+    for x in model.parameters():
+        x.grad = torch.zeros_like(x)
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    optimizer.step()
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(x.detach(), before[name] if "norm" in name else before[name] * 0.95)

@@ -1,0 +1,234 @@
+"""The training stages from end to end: accumulation, resumption, what is left on disk, and every way to get it wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer import checkpoint as checkpoint_module
+from trainer import train_full_sft, train_pretrain
+from trainer.record import read_metrics
+
+STAGES = {"pretrain": train_pretrain, "sft": train_full_sft}
+NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(a, b, exactly=True):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(dict(rtol=0, atol=0) if exactly else dict(rtol=1e-4, atol=2e-6)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_learns_and_leaves_a_standard_folder(stage, flags, tmp_path):
+    STAGES[stage].main(flags(stage, max_steps=30, epochs=4, learning_rate=1e-2, json=tmp_path / "figures.json"))
+    folder = tmp_path / "out" / NAMES[stage]
+    assert losses(folder)[-1] < 0.7 * losses(folder)[0]
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert rows[-1]["step"] == 30 and rows[-1]["val_bpb/held_out"] < 6
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "figures.json").read_text())["val_bpb/held_out"] == rows[-1]["val_bpb/held_out"]
+    assert json.loads((folder / "arguments.json").read_text())["learning_rate"] == 1e-2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == "Qwen3ForCausalLM" and model.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert bool(tokenizer.chat_template) == (stage == "sft")
+    assert model.generation_config.eos_token_id == [2, 0]
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_update_does_not_depend_on_how_the_batch_is_cut(stage, moe, flags, tmp_path):
+    results = []
+    for batch_size, accumulation_steps in ((12, 1), (4, 3), (3, 4)):
+        save_dir = tmp_path / f"{batch_size}"
+        STAGES[stage].main(flags(stage, save_dir=save_dir, max_steps=1, val_share=0, max_seq_len=48, use_moe=int(moe),
+                                 batch_size=batch_size, accumulation_steps=accumulation_steps))
+        folder = save_dir / (NAMES[stage] + ("_moe" if moe else ""))
+        results.append((losses(folder), weights(folder), read_metrics(folder / "metrics.jsonl")[0]["grad_norm"]))
+    for loss, weight, grad_norm in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert grad_norm == pytest.approx(results[0][2], rel=1e-4)
+        assert_same(weight, results[0][1], exactly=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_really_hold_different_numbers_of_targets(stage, flags, tmp_path, monkeypatch):
+    seen = []
+
+    class Spy(STAGES[stage].PackedBatches):
+        def __getitem__(self, step):
+            micro_batches = super().__getitem__(step)
+            seen.append([int((micro["labels"] != -100).sum()) for micro in micro_batches])
+            return micro_batches
+
+    monkeypatch.setattr(STAGES[stage], "PackedBatches", Spy)
+    STAGES[stage].main(flags(stage, max_steps=1, val_share=0, max_seq_len=48, batch_size=3, accumulation_steps=4))
+    assert len(seen[0]) == 4 and len(set(seen[0])) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_moe": 1}, {"schedule": "wsd", "accumulation_steps": 2}])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path, monkeypatch):
+    options = {**options, "max_steps": 10, "epochs": 3}
+    STAGES[stage].main(flags(stage, save_dir=tmp_path / "whole", **options))
+    name = NAMES[stage] + ("_moe" if "use_moe" in options else "")
+    whole = tmp_path / "whole" / name
+
+    class PowerCut(Exception):
+        pass
+
+    step_of = STAGES[stage].learning_rate_at
+
+    def cut_at_7(step, *rest):
+        if step == 6:
+            raise PowerCut
+        return step_of(step, *rest)
+
+    monkeypatch.setattr(STAGES[stage], "learning_rate_at", cut_at_7)
+    with pytest.raises(PowerCut):
+        STAGES[stage].main(flags(stage, **options))
+    monkeypatch.setattr(STAGES[stage], "learning_rate_at", step_of)
+    STAGES[stage].main([*flags(stage, **options), "--from_resume"])
+    resumed = tmp_path / "out" / name
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed), weights(whole))
+    strip = [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(resumed / "metrics.jsonl")]
+    assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(whole / "metrics.jsonl")]
+
+
+def test_a_finished_run_is_not_trained_again(flags, tmp_path):
+    train_pretrain.main(flags())
+    before = weights(tmp_path / "out" / NAMES["pretrain"])
+    train_pretrain.main([*flags(), "--from_resume"])
+    assert_same(weights(tmp_path / "out" / NAMES["pretrain"]), before)
+
+
+def test_sft_starts_from_the_pretrained_run_by_name_and_by_folder(flags, tmp_path):
+    train_pretrain.main(flags())
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    results = []
+    for weight in ("pretrain", folder):
+        train_full_sft.main(flags("sft", from_weight=weight, max_steps=1, learning_rate=1e-9, weight_decay=0))
+        results.append(weights(tmp_path / "out" / NAMES["sft"]))
+        assert_same(results[-1], weights(folder), exactly=False)
+    assert_same(*results)
+
+
+def test_a_new_run_in_the_folder_of_an_old_one_forgets_its_checkpoints(flags, tmp_path):
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    train_pretrain.main(flags(max_steps=8))
+    train_pretrain.main(flags(max_steps=2, seed=1))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
+    assert {row["step"] for row in read_metrics(folder / "metrics.jsonl")} == {1, 2}
+
+
+def test_inspect_prints_rows_and_trains_nothing(flags, tmp_path, capsys):
+    train_full_sft.main(flags("sft", inspect=2))
+    out = capsys.readouterr().out
+    assert "⟦1<|im_end|>⟧" in out and "sequence 1" in out and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(flags, tmp_path, capsys):
+    train_pretrain.main(flags(max_steps=8))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    expected = weights(folder)
+    state = folder / "checkpoints" / "step-8" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    train_pretrain.main([*flags(max_steps=8), "--from_resume"])
+    assert "training_state.pt is damaged; falling back" in capsys.readouterr().out
+    assert_same(weights(folder), expected)
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(flags, tmp_path, capsys):
+    train_pretrain.main([*flags(max_steps=4), "--from_resume"])
+    assert "finds no checkpoint" in capsys.readouterr().out
+    (tmp_path / "out" / NAMES["pretrain"] / "checkpoints" / "step-4" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"nothing to resume from .*step-4 was never finished.*Delete that folder"):
+        train_pretrain.main([*flags(max_steps=4), "--from_resume"])
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(learning_rate=0.5), r"--learning_rate 0.002 -> 0.5"), (dict(batch_size=4), r"--batch_size 2 -> 4"),
+    (dict(val_share=0.3), "the data")])
+def test_a_changed_run_cannot_be_resumed(changes, message, flags):
+    train_pretrain.main(flags())
+    with pytest.raises(ValueError, match=message):
+        train_pretrain.main([*flags(**changes), "--from_resume"])
+
+
+def test_a_full_disk_while_saving_loses_nothing(flags, tmp_path, monkeypatch):
+    train_pretrain.main(flags(max_steps=8, save_interval=4))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    before, names = weights(folder), {path.name for path in (folder / "checkpoints").iterdir()}
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", no_space)
+    shutil.rmtree(folder / "checkpoints" / "step-8")
+    with pytest.raises(OSError, match=r"could not save step 8 .*No space left.*--from_resume"):
+        train_pretrain.main([*flags(max_steps=8, save_interval=4), "--from_resume"])
+    assert_same(weights(folder), before)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == names - {"step-8"}
+    monkeypatch.undo()
+    monkeypatch.setattr("dataset.lm_dataset.DEFAULT_CACHE", tmp_path / "cache")
+    train_pretrain.main([*flags(max_steps=8, save_interval=4), "--from_resume"])
+    assert_same(weights(folder), before)
+
+
+@pytest.mark.parametrize("stage, lines, message", [
+    ("pretrain", None, r"no such file"), ("pretrain", "", r"empty"), ("pretrain", "{nope", r"rows.jsonl:1: "),
+    ("pretrain", '{"txt": "a"}', r'rows.jsonl:1: no "text"'), ("pretrain", '{"text": null}', r'rows.jsonl:1: "text" is'),
+    ("pretrain", '{"text": 3}', r'rows.jsonl:1: "text" is of type int'), ("pretrain", '{"text": "a"}\n[1]', r"rows.jsonl:2: "),
+    ("sft", '{"text": "a"}', r'rows.jsonl:1: no "conversations"'),
+    ("sft", '{"conversations": []}', r"rows.jsonl:1: .*at least one message"),
+    ("sft", '{"conversations": [{"role": "robot", "content": "a"}]}', r"rows.jsonl:1: .*robot"),
+    ("sft", '{"conversations": [{"role": "user", "content": null}]}', r"rows.jsonl:1: "),
+    ("sft", '{"conversations": [{"role": "user", "content": "a"}]}', r"no sequence to train on")])
+def test_bad_data_is_named_by_file_and_line(stage, lines, message, flags, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    if lines is not None:
+        path.write_text(lines + "\n" if lines else "")
+    with pytest.raises(ValueError, match=message):
+        STAGES[stage].main(flags(stage, data_path=path))
+
+
+def test_bad_rows_can_be_skipped(flags, rows, capsys):
+    rows["pretrain"].write_text(rows["pretrain"].read_text() + "{nope\n")
+    train_pretrain.main(flags(bad_rows="skip", max_steps=1))
+    assert "1 skipped" in capsys.readouterr().out
+
+
+def test_a_missing_weight_is_named_with_what_is_there(flags, tmp_path):
+    train_pretrain.main(flags(max_steps=1))
+    with pytest.raises(ValueError, match=r"no weights are found as 'dpo': .*only pretrain_32x2\."):
+        train_full_sft.main(flags("sft", from_weight="dpo"))
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(flags, tmp_path):
+    train_pretrain.main(flags(max_steps=1))
+    folder = Path(tmp_path / "out" / NAMES["pretrain"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"the tokenizer has 6401 entries, the network 6400"):
+        train_full_sft.main(flags("sft", from_weight=folder))
+
+
+def test_validation_files_are_scored_each_by_itself(flags, rows, tmp_path):
+    train_pretrain.main([*[flag for flag in flags(max_steps=1) if flag not in ("--val_share", "0.1")],
+                         "--val_path", str(rows["pretrain"])])
+    assert "val_bpb/text" in read_metrics(tmp_path / "out" / NAMES["pretrain"] / "metrics.jsonl")[-1]
