@@ -103,7 +103,9 @@ class TrainArgs:
     warmup_share: float = arg(0.02, "share of the steps with a rising learning rate")
     decay_share: float = arg(0.2, "wsd: share of the steps, at the end, with a falling one")
     min_lr_share: float = arg(0.1, "learning rate of the last step, as a share of the peak")
-    weight_decay: float = arg(0.1, "AdamW: decay of the matrices (norms have none)")
+    optimizer: str = arg("adamw", "adamw for all parameters, or muon for the layers' matrices: more is learned per token",
+                         choices=["adamw", "muon"])
+    weight_decay: float = arg(0.1, "decay of the matrices (norms have none)")
     beta2: float = arg(0.95, "AdamW: decay rate of the second moment")
     grad_clip: float = arg(1.0, "largest norm of the gradient; 0: no clipping")
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")

@@ -1,16 +1,27 @@
-"""AdamW and the learning rate's way from the first step to the last."""
+"""The optimizer, and the learning rate's way from the first step to the last."""
 
 import math
 
 import torch
 
+from trainer.muon import Muon, Together
+
 
 def build_optimizer(model, args):
-    """AdamW (Loshchilov & Hutter 2019); matrices decay, norm weights do not. One kernel for all on a GPU."""
-    parameters = [x for x in model.parameters() if x.requires_grad]
-    groups = [{"params": [x for x in parameters if x.dim() >= 2], "weight_decay": args.weight_decay},
-              {"params": [x for x in parameters if x.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.beta2), eps=1e-8, fused=True)
+    """AdamW (Loshchilov & Hutter 2019) for all parameters, or Muon for the layers' matrices and AdamW for the rest.
+
+    Matrices decay, norm weights do not. AdamW is one kernel for all parameters.
+    """
+    parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    by_muon = {name for name, x in parameters.items()
+               if args.optimizer == "muon" and x.dim() >= 2 and ".layers." in name and not name.endswith(".gate.weight")}
+    rest = [x for name, x in parameters.items() if name not in by_muon]
+    groups = [{"params": [x for x in rest if x.dim() >= 2], "weight_decay": args.weight_decay},
+              {"params": [x for x in rest if x.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.beta2), eps=1e-8, fused=True)
+    if not by_muon:
+        return adamw
+    return Together(Muon([parameters[name] for name in sorted(by_muon)], args.learning_rate, args.weight_decay), adamw)
 
 
 def learning_rate_at(step, num_steps, args):

@@ -41,12 +41,15 @@ class Run:
 
     def clip_and_step(self, model, optimizer):
         """Unscale, clip, step, forget the gradients; returns their norm before clipping (float)."""
-        self.scaler.unscale_(optimizer)
+        parts = getattr(optimizer, "parts", [optimizer])
+        for part in parts:
+            self.scaler.unscale_(part)
         limit = self.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         if not norm.isfinite() and not self.scaler.is_enabled():
             raise FloatingPointError("the gradient is not finite: lower --learning_rate; the last checkpoint is from before")
-        self.scaler.step(optimizer)  # leaves out a float16 step whose gradient overflowed
+        for part in parts:
+            self.scaler.step(part)  # leaves out a float16 step whose gradient overflowed
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.arguments import TrainArgs
+from trainer.muon import Muon, orthogonalize
 from trainer.optim import build_optimizer, learning_rate_at
+from trainer.run import Run
 
 
 def schedule(**changes):
@@ -34,13 +37,37 @@ def test_one_step_and_no_warmup_are_defined():
         assert learning_rate_at(0, 1, args) == pytest.approx(1.0)
 
 
-def test_matrices_decay_and_norms_do_not():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_matrices_decay_and_norms_do_not(kind):
     model = MiniMindForCausalLM(MiniMindConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                                num_key_value_heads=1, intermediate_size=16, qk_norm=True))
-    optimizer = build_optimizer(model, SimpleNamespace(learning_rate=0.1, weight_decay=0.5, beta2=0.95))
+    optimizer = build_optimizer(model, SimpleNamespace(learning_rate=0.1, weight_decay=0.5, beta2=0.95, optimizer=kind))
     for x in model.parameters():
         x.grad = torch.zeros_like(x)
     before = {name: x.detach().clone() for name, x in model.named_parameters()}
-    optimizer.step()
+    Run(TrainArgs(device="cpu", grad_clip=0.0)).clip_and_step(model, optimizer)
     for name, x in model.named_parameters():
         torch.testing.assert_close(x.detach(), before[name] if "norm" in name else before[name] * 0.95)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 24)])
+def test_orthogonalize_keeps_directions_and_evens_out_lengths(shape):
+    x = torch.randn(shape)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    out = orthogonalize(x)
+    assert torch.linalg.svdvals(out).min() > 0.6 and torch.linalg.svdvals(out).max() < 1.25
+    along = torch.einsum("...mi,...mn,...in->...i", u, out, v)
+    torch.testing.assert_close(along.sum(-1), torch.linalg.svdvals(out).sum(-1), rtol=1e-3, atol=1e-3)
+
+
+def test_muon_equals_pytorchs():
+    ours, theirs = (torch.nn.Parameter(torch.randn(24, 40, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+    start = ours.detach().clone()
+    mine = Muon([ours], lr=0.1, weight_decay=0.1)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        ours.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(step + 1))
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        reference.step()
+    assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()  # PyTorch iterates in bfloat16

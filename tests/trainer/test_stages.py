@@ -79,7 +79,7 @@ def test_micro_batches_really_hold_different_numbers_of_targets(stage, flags, tm
     assert len(seen[0]) == 4 and len(set(seen[0])) > 1
 
 
-@pytest.mark.parametrize("options", [{}, {"use_moe": 1}, {"schedule": "wsd", "accumulation_steps": 2}])
+@pytest.mark.parametrize("options", [{}, {"use_moe": 1}, {"schedule": "wsd", "accumulation_steps": 2, "optimizer": "muon"}])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path, monkeypatch):
     options = {**options, "max_steps": 10, "epochs": 3}
