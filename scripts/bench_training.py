@@ -54,7 +54,7 @@ class BenchArgs:
     warmup: int = arg(2, "steps of each side before that, not counted")
     batch_size: int = arg(8, "packed rows of our micro-batch, which is also the step")
     max_seq_len: int = arg(512, "tokens of a packed row")
-    reference_batch: int = arg(0, "sequences of one of their batches, gradients added up over a step; 0: the whole step in one")
+    reference_batch: int = arg(8, "sequences of one of their batches, gradients added up over a step; 0: the whole step in one")
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
     dtype: str = arg("auto", "arithmetic of the matrix products of both", choices=["auto", "float32", "bfloat16", "float16"])
     use_compile: bool = arg(False, "torch.compile both networks; give more --warmup")
