@@ -85,10 +85,10 @@ class Level:
 
 MINI = Level(
     name="mini", max_sum=50, max_factor=0, worked=True, sort_sizes=(3,), sort_max=30, count_sizes=(2, 7),
-    max_days=6, num_entities=16, num_attributes=3, story_steps=(2,), lookup_lines=(4, 5, 6),
+    max_days=6, num_entities=16, num_attributes=3, story_steps=(2,), lookup_lines=(3, 4, 5),
     tools=("calculator", "get_time", "get_weather", "convert_unit"), offered_tools=1, pretrain_rows=9000,
     sft_rows={
-        "arithmetic": 1400, "comparison": 600, "sorting": 800, "counting": 500, "dates": 700, "units": 400,
+        "arithmetic": 1600, "comparison": 600, "sorting": 900, "counting": 500, "dates": 700, "units": 400,
         "word_problems": 900, "facts": 700, "identity": 400, "multi_turn": 600, "tools": 500,
         "preferences": 400, "lookup": 800,
     },

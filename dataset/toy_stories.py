@@ -130,13 +130,13 @@ def lookup(rng: random.Random, language: str, level: Level) -> Item:
     The other lines never carry a held-out pair; chance is one over the number of lines.
     """
     count, side = rng.choice(level.lookup_lines), language == "zh"
-    pool, top = (WORDS, 99) if level.name == "mini" else (NAMES, 999)
+    pool, low, top = (WORDS, 1, 9) if level.name == "mini" else (NAMES, 10, 999)
     names = rng.sample(pool, count)
-    values = [rng.randint(10, top) for _ in names]
+    values = [rng.randint(low, top) for _ in names]
     target = rng.randrange(count)
     for i, name in enumerate(names):
         while i != target and is_heldout(f"look:{name[0]}={values[i]}"):
-            values[i] = rng.randint(10, top)
+            values[i] = rng.randint(low, top)
     name = names[target][side]
     lines = [f"- {n[side]} = {value}" for n, value in zip(names, values)]
     question = "\n".join([*lines, rng.choice(LOOKUP[language]).format(w=name)])
@@ -144,7 +144,7 @@ def lookup(rng: random.Random, language: str, level: Level) -> Item:
     told = [SAYS[language].format(w=n[side], v=value) for n, value in zip(names, values)]
     rng.shuffle(told)
     prose = "\n".join([*lines, *told[:8]]) if rng.random() < 0.7 else f"{question}\n{reply}"
-    other = next(value for value in [*values[target + 1 :], *values, values[target] + 1] if value != values[target])
+    other = next(value for value in [*values, values[target] + 1] if value != values[target])
     return Item(
         "lookup", language, (f"look:{names[target][0]}={values[target]}",), (Turn(question, reply),),
         str(values[target]), 1 / count, thought=reply, short=reply, prose=prose,
