@@ -1,0 +1,367 @@
+"""What this machine has and what training here will take: devices, arithmetic, memory, and an estimate for every preset.
+
+    python scripts/doctor.py
+    python scripts/doctor.py --tokens 1000000000 --json out/doctor.json
+    python scripts/doctor.py --device cpu --seconds 30         # a longer measurement is a steadier one
+
+The estimate is a model with four measured constants: the rate of a large matrix product, the rate of a large copy, and,
+from real optimizer steps of the `tiny` preset at two sizes, what everything between the matrix products costs and what a
+step costs before it computes anything. A preset's time is then its arithmetic (6 * active weights * tokens + attention)
+and its elementwise traffic at those rates. Other work on the machine makes both measurement and training slower.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from dataset.packing import PackedBatches
+    from dataset.toy_world import write_world
+    from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
+    from scripts.bench_training import STAGES, TOY, Ours, active_weights, matrix_rate, training_flops, wait_for
+    from trainer.arguments import TrainArgs, arg, command, parse_args
+    from trainer.run import DTYPES, Run, num_cores
+    from trainer.weights import load_model
+except ImportError as error:
+    sys.exit(f"error: {error}\nInstall what the project needs, into an environment of its own: bash scripts/quickstart.sh does "
+             "it, or python -m pip install -r requirements.txt")
+
+GIB = 2**30
+ROWS, LENGTH = 8, 512  # of the micro-batch that is estimated: the defaults of --batch_size and --max_seq_len
+TARGET_SHARE = {"pretrain": 1.0, "sft": 0.6}  # of the tokens; chats are mostly answers
+TOY_PASSES = {"pretrain": 1, "sft": 2}  # of scripts/quickstart.py on a CPU
+
+
+@dataclass
+class DoctorArgs:
+    tokens: int = arg(100_000_000, "size of the pretraining corpus that is estimated, in tokens")
+    sft_tokens: int = arg(50_000_000, "size of the fine-tuning corpus, in tokens")
+    seconds: float = arg(10.0, "how long to measure, about")
+    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
+    json: str = arg("", "write the figures to this file too")
+
+    def check(self):
+        """ValueError for values out of range."""
+        for name in ("tokens", "sft_tokens", "seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: give more than 0")
+
+
+def packages(problems):
+    """{package: version here} of requirements.txt; what is missing or not the pinned version goes to `problems`."""
+    found = {}
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith(("#", "-")):
+            continue
+        wanted = Requirement(line)
+        if wanted.marker and not wanted.marker.evaluate():
+            continue
+        try:
+            found[wanted.name] = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{wanted.name} is missing: python -m pip install '{line}'")
+            continue
+        if not wanted.specifier.contains(Version(found[wanted.name]).public, prereleases=True):
+            problems.append(f"{wanted.name} {found[wanted.name]} is not the pinned {wanted.specifier}, with which the published "
+                            f"figures were measured: python -m pip install '{line}'")
+    return found
+
+
+def cpu_name():
+    """The processor's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def free_memory(device):
+    """Bytes that a program may still take on `device`, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = None
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # of a container
+    if free is not None and limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def attention_kernels(device, dtype):
+    """{kernel: what of {"causal", "masked"} it computes, forward and backward} with grouped heads, as the model calls it."""
+    found = {}
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+        q, k, v = (torch.randn(1, heads, 64, 64, device=device, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+        mask, works = torch.ones(64, 64, dtype=torch.bool, device=device).tril()[None, None], []
+        for kind, how in (("causal", {"is_causal": True}), ("masked", {"attn_mask": mask})):
+            try:
+                with sdpa_kernel(getattr(SDPBackend, name)):
+                    F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how).sum().backward()
+                works.append(kind)
+            except RuntimeError:  # torch's way to say that this kernel does not exist here
+                continue
+        found[name.lower().removesuffix("_attention")] = works
+    return found
+
+
+def compiler(device, problems):
+    """What torch.compile would build with; what it lacks goes to `problems`."""
+    if device.type == "cuda":
+        if find_spec("triton"):
+            return f"triton {metadata.version('triton')}"
+        problems.append("triton is missing, without which --use_compile fails: it comes with PyTorch's CUDA build for Linux")
+        return "missing"
+    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))), None)
+    if not found:
+        problems.append("no C++ compiler is found, without which --use_compile fails: apt install g++ (Debian, Ubuntu), "
+                        "xcode-select --install (macOS)")
+    headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    if not headers:
+        problems.append("Python.h is missing, without which --use_compile fails: apt install python3-dev (Debian, Ubuntu)")
+    return found if found and headers else "incomplete"
+
+
+def arithmetic(device, seconds):
+    """{dtype: operations per second of a large matrix product}; emulated ones are slower than float32."""
+    return {name: matrix_rate(device, dtype, seconds=seconds) for name, dtype in DTYPES.items()}
+
+
+def copy_rate(device, seconds):
+    """Bytes per second read plus written by a large copy."""
+    source = torch.ones(2**26 if device.type == "cuda" else 2**24, device=device)
+    target = source.clone()
+    wait_for(device)
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < seconds:
+        target.copy_(source)
+        wait_for(device)
+        count += 1
+    return 2 * source.numel() * 4 * count / (time.perf_counter() - start)
+
+
+def elementwise_bytes(config, positions, targets):
+    """Bytes that the operations between the matrix products read and write in forward and backward, roughly.
+
+    Counted in passes over a float32 tensor: 14 for a norm, 18 for rotary positions, 14 for the gate, 4 for a residual
+    sum, 12 for the cross-entropy. Only the proportions matter: the rate is measured.
+    """
+    D, F_width = config.hidden_size, config.intermediate_size
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    if config.num_experts:
+        F_width = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
+        D *= 1 + config.num_experts_per_tok / 4  # rows are gathered and scattered for the experts
+    layer = 2 * (14 + 4) * D + (18 + 14 * config.qk_norm) * heads + 14 * F_width
+    return 4 * (positions * config.num_hidden_layers * layer + targets * 12 * config.vocab_size)
+
+
+def memory_bytes(config, params, dtype):
+    """Bytes for a step of ROWS x LENGTH: weights, gradients, two AdamW states, what backward needs, and the logits.
+
+    16 per parameter in float32; half precision keeps a copy of 2 more. Per position and layer the residual stream twice,
+    four normed copies, query, key and value before and after rotation, attention's output, and four feed-forward widths.
+    The logits of every target: themselves, their log-softmax, and the gradient.
+    """
+    D, d, F_width = config.hidden_size, config.head_dim, config.intermediate_size
+    if config.num_experts:
+        F_width = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
+        D *= 1 + config.num_experts_per_tok / 2
+    heads = (3 * config.num_attention_heads + 3 * config.num_key_value_heads) * d * (1 + config.qk_norm / 3)
+    width = 4 if dtype == torch.float32 else 2
+    layer = 6 * 4 * D + width * (heads + 4 * F_width)
+    weights = params * (16 if dtype == torch.float32 else 18)
+    return weights + ROWS * LENGTH * (config.num_hidden_layers * layer + config.vocab_size * 12)
+
+
+@dataclass
+class Rates:
+    """The four constants of the estimate."""
+
+    matrix: float  # operations per second
+    copy: float  # bytes per second
+    elementwise: float  # bytes per second
+    step_per_layer: float  # seconds of a step that computes nothing, divided by the layers
+
+    def seconds(self, config, params, device, positions, targets, pairs):
+        """Seconds of an optimizer step; on a GPU launching its kernels and computing go on side by side."""
+        launch = self.step_per_layer * config.num_hidden_layers
+        update = params * 40 / self.copy  # AdamW reads 4 floats and writes 3, clipping reads one and writes two
+        compute = training_flops(config, positions, targets, pairs) / self.matrix
+        compute += elementwise_bytes(config, positions, targets) / self.elementwise + update
+        return max(launch, compute) if device.type == "cuda" else launch + compute
+
+
+def measure_steps(preset, dataset, tokenizer_pad, device, rows, seconds):
+    """Median seconds of a real step of `rows` packed rows, and its (positions, targets, pairs)."""
+    settings = TrainArgs(preset=preset, device=str(device))
+    run = Run(settings)
+    batches = PackedBatches(dataset, batch_size=rows, accumulation_steps=1, max_seq_len=LENGTH, seed=0, epochs=1,
+                            pad_id=tokenizer_pad)
+    ours = Ours(load_model(settings, device)[0], run, batches)
+    ours.step(0)
+    times, work, begin = [], [], time.perf_counter()
+    for step in range(1, len(batches)):
+        wait_for(device)
+        start = time.perf_counter()
+        ours.step(step)
+        wait_for(device)
+        times.append(time.perf_counter() - start)
+        work.append(ours.work(step))
+        if time.perf_counter() - begin > seconds and len(times) >= 3:
+            break
+    return median(times), [sum(column) / len(work) for column in zip(*work)]
+
+
+def calibrate(datasets, pad_id, device, rates, seconds):
+    """Rates from real steps of `tiny` on ROWS rows and on one: the difference is work, the rest is per step."""
+    config, params = shape("tiny")
+    (large, work), (small, one) = (
+        measure_steps("tiny", datasets["pretrain"], pad_id, device, rows, seconds / 2) for rows in (ROWS, 1))
+    more_bytes = elementwise_bytes(config, *work[:2]) - elementwise_bytes(config, *one[:2])
+    more_flops = training_flops(config, *work) - training_flops(config, *one)
+    spent = large - small - more_flops / rates["matrix"]
+    elementwise = more_bytes / max(spent, more_bytes / rates["copy"])  # never faster than a copy
+    found = Rates(rates["matrix"], rates["copy"], elementwise, 0.0)
+    rest = small if device.type == "cuda" else small - found.seconds(config, params, device, *one)
+    found.step_per_layer = max(0.0, rest) / config.num_hidden_layers
+    return found
+
+
+def shape(preset):
+    """(configuration, number of parameters) of a preset, without making its weights."""
+    config = MiniMindConfig.from_preset(preset)
+    with torch.device("meta"):
+        return config, MiniMindForCausalLM(config).num_parameters()
+
+
+def estimate(preset, rates, budgets, device, dtype, free):
+    """One row of the table: parameters, memory of a step, and hours for each stage's `budgets` of tokens."""
+    config, params = shape(preset)
+    memory = memory_bytes(config, params, dtype)
+    row = {"preset": preset, "parameters": params, "active_weights": sum(active_weights(config)), "memory_gib": memory / GIB,
+           "fits": None if free is None else memory < 0.9 * free}
+    positions = ROWS * LENGTH
+    for stage, tokens in budgets.items():
+        pairs = positions * LENGTH / 2  # documents that fill a row: the most that attention can cost
+        step = rates.seconds(config, params, device, positions, TARGET_SHARE[stage] * positions, pairs)
+        row |= {f"{stage}_tokens_per_s": positions / step, f"{stage}_hours": tokens / positions * step / 3600}
+    return row
+
+
+def quick_start(datasets, rates, device):
+    """{stage: seconds} of the toy world with `tiny`, by the rows that it really has."""
+    config, params = shape("tiny")
+    seconds = {}
+    for stage, dataset in datasets.items():
+        tokens = int(dataset.lengths.sum())
+        share = 1.0 if stage == "pretrain" else 0.35  # its answers are short
+        pairs = float((dataset.lengths.astype(float) ** 2).sum() / 2)
+        steps = max(1, tokens / (ROWS * LENGTH))
+        step = rates.seconds(config, params, device, tokens / steps, share * tokens / steps, pairs / steps)
+        seconds[stage] = TOY_PASSES[stage] * steps * step
+    return seconds
+
+
+def describe(device, run, kernels, speeds, figures):
+    """The first table: what is here."""
+    free, disk = figures["free_memory_gib"], figures["free_disk_gib"]
+    own = "" if device.type == "cpu" else f", {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB, compute " \
+        f"capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+    rows = {
+        "Python": platform.python_version(),
+        "packages": ", ".join(f"{name} {version}" for name, version in figures["packages"].items()),
+        "processor": f"{cpu_name()}, {num_cores()} cores usable, {torch.get_num_threads()} threads, "
+                     f"{torch.backends.cpu.get_cpu_capability()}",
+        "GPU": figures["gpu"] + own,
+        "trains on": f"{device}, {figures['dtype']}",
+        "matrix product": ", ".join(
+            f"{name} {rate / 1e9:,.0f} GFLOP/s{'' if rate >= 0.9 * speeds['float32'] else ' (emulated)'}"
+            for name, rate in speeds.items()),
+        "attention": ", ".join(f"{name}: {' and '.join(kinds) or 'none'}" for name, kinds in kernels.items()),
+        "torch.compile": figures["compiler"],
+        "free memory": "unknown" if free is None else f"{free:.1f} GiB",
+        "free disk for out/": f"{disk:.1f} GiB",
+    }
+    for name, text in rows.items():
+        print(f"{name:<20} {text}")
+
+
+def duration(hours):
+    """Hours as a person would say them."""
+    if hours * 60 < 90:
+        return f"{hours * 60:,.1f} min" if hours * 60 < 10 else f"{hours * 60:,.0f} min"
+    return f"{hours:,.1f} h" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
+def print_estimates(figures, args):
+    """The second table: every preset."""
+    print(f"\n{'preset':<16} {'parameters':>10} {'memory':>9} {'fits':>5} {f'pretrain {args.tokens / 1e6:,.0f}M tokens':>26} "
+          f"{f'SFT {args.sft_tokens / 1e6:,.0f}M tokens':>26}")
+    for row in figures["presets"]:
+        stages = [f"{duration(row[f'{stage}_hours'])} ({row[f'{stage}_tokens_per_s']:,.0f}/s)" for stage in ("pretrain", "sft")]
+        fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
+        print(f"{row['preset']:<16} {row['parameters'] / 1e6:>9.1f}M {row['memory_gib']:>5.1f} GiB {fits:>5} "
+              f"{stages[0]:>26} {stages[1]:>26}")
+    toy = figures["quick_start_seconds"]
+    print(f"\nOne micro-batch of {ROWS} rows of {LENGTH} tokens a step; tokens/s count every token. The toy world with tiny: "
+          f"pretraining {duration(toy['pretrain'] / 3600)}, fine-tuning {duration(toy['sft'] / 3600)}.")
+    if not all(row["fits"] in (True, None) for row in figures["presets"]):
+        print("What does not fit may with a smaller --batch_size: activations and logits shrink with it, 16 bytes a parameter stay.")
+
+
+def main(argv=None):
+    args = parse_args(DoctorArgs, argv)
+    problems, run = [], Run(TrainArgs(device=args.device))
+    device = run.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none that PyTorch sees"
+    folder = next(path for path in (ROOT / "out", ROOT) if path.exists())
+    free = free_memory(device)
+    speeds = arithmetic(device, 0.08 * args.seconds)
+    kernels = attention_kernels(device, run.dtype)
+    figures = {
+        "packages": packages(problems), "cpu": cpu_name(), "cores": num_cores(), "gpu": gpu, "device": str(device),
+        "dtype": str(run.dtype).removeprefix("torch."), "flops_per_s": speeds, "attention": kernels,
+        "compiler": compiler(device, problems), "free_memory_gib": None if free is None else free / GIB,
+        "free_disk_gib": shutil.disk_usage(folder).free / GIB}
+    describe(device, run, kernels, speeds, figures)
+    for problem in problems:
+        print(f"! {problem}")
+
+    write_world("mini", TOY)
+    tokenizer = load_model(TrainArgs(preset="tiny", device="cpu"), torch.device("cpu"))[1]
+    datasets = {stage: cls([str(TOY / f"{stage}_train.jsonl")], tokenizer, LENGTH) for stage, cls in STAGES.items()}
+    measured = {"matrix": speeds[figures["dtype"]], "copy": copy_rate(device, 0.05 * args.seconds)}
+    rates = calibrate(datasets, tokenizer.pad_token_id, device, measured, 0.6 * args.seconds)
+    budgets = {"pretrain": args.tokens, "sft": args.sft_tokens}
+    figures |= {
+        "rates": vars(rates), "problems": problems, "quick_start_seconds": quick_start(datasets, rates, device),
+        "presets": [estimate(name, rates, budgets, device, run.dtype, free) for name in PRESETS]}
+    print_estimates(figures, args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command(main)
