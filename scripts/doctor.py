@@ -16,7 +16,7 @@ import platform
 import shutil
 import sys
 import sysconfig
-import time
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ try:
     from dataset.packing import PackedBatches
     from dataset.toy_world import write_world
     from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
-    from scripts.bench_training import STAGES, TOY, Ours, active_weights, matrix_rate, training_flops, wait_for
+    from scripts import bench_training as bench
     from trainer.arguments import TrainArgs, arg, command, parse_args
     from trainer.run import DTYPES, Run, num_cores
     from trainer.weights import load_model
@@ -78,8 +78,9 @@ def packages(problems):
             found[wanted.name] = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
             problems.append(f"{wanted.name} is missing: python -m pip install '{line}'")
-            continue
-        if not wanted.specifier.contains(Version(found[wanted.name]).public, prereleases=True):
+        else:
+            if wanted.specifier.contains(Version(found[wanted.name]).public, prereleases=True):
+                continue
             problems.append(f"{wanted.name} {found[wanted.name]} is not the pinned {wanted.specifier}, with which the published "
                             f"figures were measured: python -m pip install '{line}'")
     return found
@@ -97,15 +98,13 @@ def free_memory(device):
     """Bytes that a program may still take on `device`, or None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = None
     info = Path("/proc/meminfo")
-    if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not info.is_file():  # not Linux: the system counts pages, or does not say
+        counts = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if counts else None
+    free = int(dict(line.split(":", 1) for line in info.read_text().splitlines())["MemAvailable"].split()[0]) * 1024
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # of a container
-    if free is not None and limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free
 
@@ -118,7 +117,8 @@ def attention_kernels(device, dtype):
         mask, works = torch.ones(64, 64, dtype=torch.bool, device=device).tril()[None, None], []
         for kind, how in (("causal", {"is_causal": True}), ("masked", {"attn_mask": mask})):
             try:
-                with sdpa_kernel(getattr(SDPBackend, name)):
+                with sdpa_kernel(getattr(SDPBackend, name)), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the reasons why a kernel does not do it
                     F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how).sum().backward()
                 works.append(kind)
             except RuntimeError:  # torch's way to say that this kernel does not exist here
@@ -134,116 +134,59 @@ def compiler(device, problems):
             return f"triton {metadata.version('triton')}"
         problems.append("triton is missing, without which --use_compile fails: it comes with PyTorch's CUDA build for Linux")
         return "missing"
-    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))), None)
+    names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+    found = next(filter(None, map(shutil.which, names)), None)
     if not found:
-        problems.append("no C++ compiler is found, without which --use_compile fails: apt install g++ (Debian, Ubuntu), "
-                        "xcode-select --install (macOS)")
-    headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
-    if not headers:
-        problems.append("Python.h is missing, without which --use_compile fails: apt install python3-dev (Debian, Ubuntu)")
-    return found if found and headers else "incomplete"
-
-
-def arithmetic(device, seconds):
-    """{dtype: operations per second of a large matrix product}; emulated ones are slower than float32."""
-    return {name: matrix_rate(device, dtype, seconds=seconds) for name, dtype in DTYPES.items()}
-
-
-def copy_rate(device, seconds):
-    """Bytes per second read plus written by a large copy."""
-    source = torch.ones(2**26 if device.type == "cuda" else 2**24, device=device)
-    target = source.clone()
-    wait_for(device)
-    start, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - start < seconds:
-        target.copy_(source)
-        wait_for(device)
-        count += 1
-    return 2 * source.numel() * 4 * count / (time.perf_counter() - start)
-
-
-def elementwise_bytes(config, positions, targets):
-    """Bytes that the operations between the matrix products read and write in forward and backward, roughly.
-
-    Counted in passes over a float32 tensor: 14 for a norm, 18 for rotary positions, 14 for the gate, 4 for a residual
-    sum, 12 for the cross-entropy. Only the proportions matter: the rate is measured.
-    """
-    D, F_width = config.hidden_size, config.intermediate_size
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    if config.num_experts:
-        F_width = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
-        D *= 1 + config.num_experts_per_tok / 4  # rows are gathered and scattered for the experts
-    layer = 2 * (14 + 4) * D + (18 + 14 * config.qk_norm) * heads + 14 * F_width
-    return 4 * (positions * config.num_hidden_layers * layer + targets * 12 * config.vocab_size)
-
-
-def memory_bytes(config, params, dtype):
-    """Bytes for a step of ROWS x LENGTH: weights, gradients, two AdamW states, what backward needs, and the logits.
-
-    16 per parameter in float32; half precision keeps a copy of 2 more. Per position and layer the residual stream twice,
-    four normed copies, query, key and value before and after rotation, attention's output, and four feed-forward widths.
-    The logits of every target: themselves, their log-softmax, and the gradient.
-    """
-    D, d, F_width = config.hidden_size, config.head_dim, config.intermediate_size
-    if config.num_experts:
-        F_width = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
-        D *= 1 + config.num_experts_per_tok / 2
-    heads = (3 * config.num_attention_heads + 3 * config.num_key_value_heads) * d * (1 + config.qk_norm / 3)
-    width = 4 if dtype == torch.float32 else 2
-    layer = 6 * 4 * D + width * (heads + 4 * F_width)
-    weights = params * (16 if dtype == torch.float32 else 18)
-    return weights + ROWS * LENGTH * (config.num_hidden_layers * layer + config.vocab_size * 12)
+        problems.append("no C++ compiler is found, without which --use_compile fails: apt install g++, xcode-select --install")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        problems.append("Python.h is missing, without which --use_compile fails: apt install python3-dev")
+        found = None
+    return found or "incomplete"
 
 
 @dataclass
 class Rates:
-    """The four constants of the estimate."""
+    """The four constants of the estimate: operations and bytes per second, seconds per step and layer."""
 
-    matrix: float  # operations per second
-    copy: float  # bytes per second
-    elementwise: float  # bytes per second
-    step_per_layer: float  # seconds of a step that computes nothing, divided by the layers
+    matrix: float
+    copy: float
+    elementwise: float
+    step_per_layer: float = 0.0
 
     def seconds(self, config, params, device, positions, targets, pairs):
         """Seconds of an optimizer step; on a GPU launching its kernels and computing go on side by side."""
         launch = self.step_per_layer * config.num_hidden_layers
         update = params * 40 / self.copy  # AdamW reads 4 floats and writes 3, clipping reads one and writes two
-        compute = training_flops(config, positions, targets, pairs) / self.matrix
-        compute += elementwise_bytes(config, positions, targets) / self.elementwise + update
+        compute = bench.training_flops(config, positions, targets, pairs) / self.matrix
+        compute += bench.elementwise_bytes(config, positions, targets) / self.elementwise + update
         return max(launch, compute) if device.type == "cuda" else launch + compute
 
 
-def measure_steps(preset, dataset, tokenizer_pad, device, rows, seconds):
+def measure_steps(preset, dataset, device, rows, seconds):
     """Median seconds of a real step of `rows` packed rows, and its (positions, targets, pairs)."""
     settings = TrainArgs(preset=preset, device=str(device))
-    run = Run(settings)
+    model, tokenizer = load_model(settings, device)
     batches = PackedBatches(dataset, batch_size=rows, accumulation_steps=1, max_seq_len=LENGTH, seed=0, epochs=1,
-                            pad_id=tokenizer_pad)
-    ours = Ours(load_model(settings, device)[0], run, batches)
+                            pad_id=tokenizer.pad_token_id)
+    ours = bench.Ours(model, Run(settings), batches)
     ours.step(0)
-    times, work, begin = [], [], time.perf_counter()
-    for step in range(1, len(batches)):
-        wait_for(device)
-        start = time.perf_counter()
-        ours.step(step)
-        wait_for(device)
-        times.append(time.perf_counter() - start)
+    times, work = [], []
+    while len(times) < 3 or (sum(times) < seconds and len(times) + 1 < len(batches)):
+        step = len(times) + 1
+        times.append(bench.timed(ours, [step], device)[0])
         work.append(ours.work(step))
-        if time.perf_counter() - begin > seconds and len(times) >= 3:
-            break
     return median(times), [sum(column) / len(work) for column in zip(*work)]
 
 
-def calibrate(datasets, pad_id, device, rates, seconds):
+def calibrate(dataset, device, rates, seconds):
     """Rates from real steps of `tiny` on ROWS rows and on one: the difference is work, the rest is per step."""
     config, params = shape("tiny")
-    (large, work), (small, one) = (
-        measure_steps("tiny", datasets["pretrain"], pad_id, device, rows, seconds / 2) for rows in (ROWS, 1))
-    more_bytes = elementwise_bytes(config, *work[:2]) - elementwise_bytes(config, *one[:2])
-    more_flops = training_flops(config, *work) - training_flops(config, *one)
+    (large, work), (small, one) = (measure_steps("tiny", dataset, device, rows, seconds / 2) for rows in (ROWS, 1))
+    more_bytes = bench.elementwise_bytes(config, *work[:2]) - bench.elementwise_bytes(config, *one[:2])
+    more_flops = bench.training_flops(config, *work) - bench.training_flops(config, *one)
     spent = large - small - more_flops / rates["matrix"]
     elementwise = more_bytes / max(spent, more_bytes / rates["copy"])  # never faster than a copy
-    found = Rates(rates["matrix"], rates["copy"], elementwise, 0.0)
+    found = Rates(**rates, elementwise=elementwise)
     rest = small if device.type == "cuda" else small - found.seconds(config, params, device, *one)
     found.step_per_layer = max(0.0, rest) / config.num_hidden_layers
     return found
@@ -258,11 +201,10 @@ def shape(preset):
 
 def estimate(preset, rates, budgets, device, dtype, free):
     """One row of the table: parameters, memory of a step, and hours for each stage's `budgets` of tokens."""
-    config, params = shape(preset)
-    memory = memory_bytes(config, params, dtype)
-    row = {"preset": preset, "parameters": params, "active_weights": sum(active_weights(config)), "memory_gib": memory / GIB,
-           "fits": None if free is None else memory < 0.9 * free}
-    positions = ROWS * LENGTH
+    (config, params), positions = shape(preset), ROWS * LENGTH
+    memory = bench.memory_bytes(config, params, positions, dtype)
+    fits = None if free is None else memory < 0.9 * free
+    row = {"preset": preset, "parameters": params, "memory_gib": memory / GIB, "fits": fits}
     for stage, tokens in budgets.items():
         pairs = positions * LENGTH / 2  # documents that fill a row: the most that attention can cost
         step = rates.seconds(config, params, device, positions, TARGET_SHARE[stage] * positions, pairs)
@@ -272,40 +214,41 @@ def estimate(preset, rates, budgets, device, dtype, free):
 
 def quick_start(datasets, rates, device):
     """{stage: seconds} of the toy world with `tiny`, by the rows that it really has."""
-    config, params = shape("tiny")
     seconds = {}
     for stage, dataset in datasets.items():
-        tokens = int(dataset.lengths.sum())
-        share = 1.0 if stage == "pretrain" else 0.35  # its answers are short
-        pairs = float((dataset.lengths.astype(float) ** 2).sum() / 2)
-        steps = max(1, tokens / (ROWS * LENGTH))
-        step = rates.seconds(config, params, device, tokens / steps, share * tokens / steps, pairs / steps)
-        seconds[stage] = TOY_PASSES[stage] * steps * step
+        positions, share = ROWS * LENGTH, 1.0 if stage == "pretrain" else 0.35  # its answers are short
+        steps = dataset.lengths.sum() / positions
+        pairs = (dataset.lengths**2).sum() / 2 / steps
+        step = rates.seconds(*shape("tiny"), device, positions, share * positions, pairs)
+        seconds[stage] = TOY_PASSES[stage] * float(steps * step)
     return seconds
 
 
-def describe(device, run, kernels, speeds, figures):
+def describe(figures):
     """The first table: what is here."""
-    free, disk = figures["free_memory_gib"], figures["free_disk_gib"]
-    own = "" if device.type == "cpu" else f", {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB, compute " \
-        f"capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+    speeds, memory = figures["flops_per_s"], figures["free_memory_gib"]
     rows = {
         "Python": platform.python_version(),
         "packages": ", ".join(f"{name} {version}" for name, version in figures["packages"].items()),
-        "processor": f"{cpu_name()}, {num_cores()} cores usable, {torch.get_num_threads()} threads, "
-                     f"{torch.backends.cpu.get_cpu_capability()}",
-        "GPU": figures["gpu"] + own,
-        "trains on": f"{device}, {figures['dtype']}",
-        "matrix product": ", ".join(
-            f"{name} {rate / 1e9:,.0f} GFLOP/s{'' if rate >= 0.9 * speeds['float32'] else ' (emulated)'}"
-            for name, rate in speeds.items()),
-        "attention": ", ".join(f"{name}: {' and '.join(kinds) or 'none'}" for name, kinds in kernels.items()),
-        "torch.compile": figures["compiler"],
-        "free memory": "unknown" if free is None else f"{free:.1f} GiB",
-        "free disk for out/": f"{disk:.1f} GiB",
+        "processor": f"{figures['cpu']}, {figures['cores']} cores usable, {torch.get_num_threads()} threads",
+        "GPU": figures["gpu"],
+        "trains on": f"{figures['device']} in {figures['dtype']}",
+        "matrix product": ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in speeds.items())
+                          + f"; native are {', '.join(n for n in speeds if is_native(n, speeds))}, the others emulated",
+        "attention kernels": ", ".join(f"{name}: {' and '.join(how) or 'none'}" for name, how in figures["attention"].items()),
+        "torch.compile with": figures["compiler"],
+        "free memory": "unknown" if memory is None else f"{memory:.1f} GiB",
+        "free disk for out/": f"{figures['free_disk_gib']:.1f} GiB",
     }
     for name, text in rows.items():
         print(f"{name:<20} {text}")
+    for problem in figures["problems"]:
+        print(f"! {problem}")
+
+
+def is_native(name, speeds):
+    """Whether the device computes in that type: half precision that is not emulated is clearly faster than float32."""
+    return name == "float32" or speeds[name] > 1.3 * speeds["float32"]
 
 
 def duration(hours):
@@ -327,33 +270,35 @@ def print_estimates(figures, args):
     toy = figures["quick_start_seconds"]
     print(f"\nOne micro-batch of {ROWS} rows of {LENGTH} tokens a step; tokens/s count every token. The toy world with tiny: "
           f"pretraining {duration(toy['pretrain'] / 3600)}, fine-tuning {duration(toy['sft'] / 3600)}.")
-    if not all(row["fits"] in (True, None) for row in figures["presets"]):
-        print("What does not fit may with a smaller --batch_size: activations and logits shrink with it, 16 bytes a parameter stay.")
+    if any(row["fits"] is False for row in figures["presets"]):
+        print("What does not fit may with a smaller --batch_size: all but 16 bytes a parameter shrinks with it.")
 
 
 def main(argv=None):
     args = parse_args(DoctorArgs, argv)
-    problems, run = [], Run(TrainArgs(device=args.device))
-    device = run.device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none that PyTorch sees"
-    folder = next(path for path in (ROOT / "out", ROOT) if path.exists())
+    run = Run(TrainArgs(device=args.device))
+    device, problems = run.device, []
+    gpu = "none that PyTorch sees"
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        gpu = f"{about.name}, {about.total_memory / GIB:.1f} GiB, compute capability {about.major}.{about.minor}"
     free = free_memory(device)
-    speeds = arithmetic(device, 0.08 * args.seconds)
-    kernels = attention_kernels(device, run.dtype)
+    speeds = {name: bench.matrix_rate(device, dtype, seconds=0.08 * args.seconds) for name, dtype in DTYPES.items()}
     figures = {
         "packages": packages(problems), "cpu": cpu_name(), "cores": num_cores(), "gpu": gpu, "device": str(device),
-        "dtype": str(run.dtype).removeprefix("torch."), "flops_per_s": speeds, "attention": kernels,
-        "compiler": compiler(device, problems), "free_memory_gib": None if free is None else free / GIB,
-        "free_disk_gib": shutil.disk_usage(folder).free / GIB}
-    describe(device, run, kernels, speeds, figures)
-    for problem in problems:
-        print(f"! {problem}")
+        "dtype": str(run.dtype).removeprefix("torch."), "flops_per_s": speeds,
+        "attention": attention_kernels(device, run.dtype), "compiler": compiler(device, problems),
+        "free_memory_gib": None if free is None else free / GIB, "free_disk_gib": shutil.disk_usage(ROOT).free / GIB}
+    if device.type == "cpu" and is_native("bfloat16", speeds):
+        problems.append(f"bfloat16 products are {speeds['bfloat16'] / speeds['float32']:.1f} times as fast as float32 on this "
+                        "processor: --dtype bfloat16 speeds up the larger presets")
+    describe(figures | {"problems": problems})
 
-    write_world("mini", TOY)
+    write_world("mini", bench.TOY)
     tokenizer = load_model(TrainArgs(preset="tiny", device="cpu"), torch.device("cpu"))[1]
-    datasets = {stage: cls([str(TOY / f"{stage}_train.jsonl")], tokenizer, LENGTH) for stage, cls in STAGES.items()}
-    measured = {"matrix": speeds[figures["dtype"]], "copy": copy_rate(device, 0.05 * args.seconds)}
-    rates = calibrate(datasets, tokenizer.pad_token_id, device, measured, 0.6 * args.seconds)
+    datasets = {stage: cls([str(bench.TOY / f"{stage}_train.jsonl")], tokenizer, LENGTH) for stage, cls in bench.STAGES.items()}
+    measured = {"matrix": speeds[figures["dtype"]], "copy": bench.copy_rate(device, 0.05 * args.seconds)}
+    rates = calibrate(datasets["pretrain"], device, measured, 0.6 * args.seconds)
     budgets = {"pretrain": args.tokens, "sft": args.sft_tokens}
     figures |= {
         "rates": vars(rates), "problems": problems, "quick_start_seconds": quick_start(datasets, rates, device),

@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from model.model_minimind import PRESETS, MiniMindForCausalLM
+from scripts import bench_training as bench
+from scripts import doctor
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+class Rows(list):
+    lengths = np.full(60, 100)
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """No toy world, no tokens on disk: random sequences, short measurements."""
+    def dataset(paths, tokenizer, max_seq_len):
+        return Rows({"input_ids": np.arange(100) + i, "labels": np.arange(100) + i} for i in range(60))
+
+    monkeypatch.setattr(doctor, "write_world", lambda level, folder: None)
+    monkeypatch.setattr(bench, "STAGES", {"pretrain": dataset, "sft": dataset})
+    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype, seconds: 1e11)
+    monkeypatch.setattr(bench, "copy_rate", lambda device, seconds: 1e10)
+    monkeypatch.setattr(doctor, "LENGTH", 128)
+    monkeypatch.setattr(doctor, "ROWS", 2)
+
+
+def test_command(small_world, tmp_path, capsys):
+    out = tmp_path / "doctor.json"
+    doctor.main(["--seconds", "0.1", "--tokens", "1000000", "--device", "cpu", "--json", str(out)])
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["preset"]: row for row in figures["presets"]}
+    assert set(rows) == set(PRESETS)
+    assert round(rows["minimind2"]["parameters"] / 1e6) == 104
+    assert rows["tiny"]["pretrain_hours"] < rows["minimind2-small"]["pretrain_hours"] < rows["minimind2"]["pretrain_hours"]
+    assert rows["tiny"]["pretrain_hours"] == pytest.approx(1e6 / rows["tiny"]["pretrain_tokens_per_s"] / 3600)
+    assert "math" in figures["attention"] and figures["attention"]["math"] == ["causal", "masked"]
+    printed = capsys.readouterr().out
+    for word in ("Python", "torch", "free memory", "free disk", "pretrain 1M tokens", "SFT 50M tokens", "minimind-3-moe"):
+        assert word in printed
+
+
+def test_missing_and_other_versions_are_named(monkeypatch):
+    def version(name):
+        if name == "tqdm":
+            raise doctor.metadata.PackageNotFoundError(name)
+        return {"torch": "2.13.0+cpu", "numpy": "1.0"}.get(name, "0.0")
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    problems = []
+    found = doctor.packages(problems)
+    assert found["torch"] == "2.13.0+cpu" and not any(problem.startswith("torch ") for problem in problems)
+    assert any(problem.startswith("tqdm is missing: python -m pip install 'tqdm==") for problem in problems)
+    assert any(problem.startswith("numpy 1.0 is not the pinned") for problem in problems)
+    assert sum(problem.startswith("transformers ") for problem in problems) == 1  # the other Python's pin is not ours
+
+
+def test_a_machine_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    problems = []
+    assert doctor.compiler(CPU, problems) == "incomplete"
+    assert any("no C++ compiler is found" in problem and "apt install g++" in problem for problem in problems)
+
+
+def test_an_environment_without_packages():
+    """The script itself, where nothing of requirements.txt can be imported."""
+    code = f"import sys, runpy; sys.modules['torch'] = None; runpy.run_path({str(ROOT / 'scripts' / 'doctor.py')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_free_memory_is_less_than_the_machine_has():
+    assert 2**20 < doctor.free_memory(CPU) < 2**50
+
+
+def test_shape_of_a_preset():
+    config, params = doctor.shape("tiny")
+    assert params == MiniMindForCausalLM(config).num_parameters()
+
+
+def test_estimate_by_hand():
+    """Every constant enters once: with all rates but one at infinity, the time is that part alone."""
+    config, params = doctor.shape("tiny")
+    step = dict(positions=1000, targets=500, pairs=9000)
+    never = float("inf")
+    flops = bench.training_flops(config, 1000, 500, 9000)
+    assert doctor.Rates(1e9, never, never).seconds(config, params, CPU, **step) == pytest.approx(flops / 1e9)
+    assert doctor.Rates(never, 1e9, never).seconds(config, params, CPU, **step) == pytest.approx(params * 40 / 1e9)
+    assert doctor.Rates(never, never, never, 0.5).seconds(config, params, CPU, **step) == pytest.approx(2.0)
+    moved = bench.elementwise_bytes(config, 1000, 500)
+    assert doctor.Rates(never, never, 1e9).seconds(config, params, CPU, **step) == pytest.approx(moved / 1e9)
+    both = doctor.Rates(1e9, never, never, 0.001)
+    assert both.seconds(config, params, SimpleNamespace(type="cuda"), **step) == pytest.approx(flops / 1e9)
+
+
+def test_calibration_gives_back_the_measured_steps(monkeypatch):
+    """The estimate of tiny, at the sizes that were measured, is the measurement."""
+    config, params = doctor.shape("tiny")
+    sizes = {8: (4096, 4000, 90000), 1: (512, 500, 9000)}
+    monkeypatch.setattr(doctor, "measure_steps", lambda preset, data, device, rows, s: ({8: 1.5, 1: 0.3}[rows], sizes[rows]))
+    rates = doctor.calibrate(None, CPU, {"matrix": 1e11, "copy": 1e10}, 1.0)
+    assert rates.seconds(config, params, CPU, *sizes[8]) == pytest.approx(1.5)
+    assert rates.seconds(config, params, CPU, *sizes[1]) == pytest.approx(0.3)
+
+
+def test_memory_counts_weights_activations_and_logits():
+    config, params = doctor.shape("tiny")
+    empty = bench.memory_bytes(config, params, 0, torch.float32)
+    assert empty == 16 * params
+    per_position = bench.memory_bytes(config, params, 1, torch.float32) - empty
+    assert per_position > 16 * config.vocab_size
+    assert bench.memory_bytes(config, params, 1, torch.bfloat16) - 18 * params < per_position
+
+
+def test_what_does_not_fit():
+    rates = doctor.Rates(1e11, 1e10, 1e10)
+    rows = [doctor.estimate("minimind2", rates, {"pretrain": 1}, CPU, torch.float32, free) for free in (2**30, 2**40, None)]
+    assert [row["fits"] for row in rows] == [False, True, None]
+
+
+def test_durations():
+    assert [doctor.duration(hours) for hours in (0.05, 0.5, 3, 100)] == ["3.0 min", "30 min", "3.0 h", "4 days"]
+
+
+def test_errors(capsys):
+    with pytest.raises(SystemExit):
+        doctor.main(["--seconds", "0"])
+    assert "--seconds 0.0: give more than 0" in capsys.readouterr().err
