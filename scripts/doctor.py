@@ -94,6 +94,14 @@ def cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def gpu_name(device):
+    """What the GPU is, if training runs on one."""
+    if device.type != "cuda":
+        return "none that PyTorch sees" if not torch.cuda.is_available() else "not used: --device cpu"
+    about = torch.cuda.get_device_properties(device)
+    return f"{about.name}, {about.total_memory / GIB:.1f} GiB, compute capability {about.major}.{about.minor}"
+
+
 def free_memory(device):
     """Bytes that a program may still take on `device`, or None where the system does not say."""
     if device.type == "cuda":
@@ -278,14 +286,10 @@ def main(argv=None):
     args = parse_args(DoctorArgs, argv)
     run = Run(TrainArgs(device=args.device))
     device, problems = run.device, []
-    gpu = "none that PyTorch sees"
-    if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        gpu = f"{about.name}, {about.total_memory / GIB:.1f} GiB, compute capability {about.major}.{about.minor}"
     free = free_memory(device)
     speeds = {name: bench.matrix_rate(device, dtype, seconds=0.08 * args.seconds) for name, dtype in DTYPES.items()}
     figures = {
-        "packages": packages(problems), "cpu": cpu_name(), "cores": num_cores(), "gpu": gpu, "device": str(device),
+        "packages": packages(problems), "cpu": cpu_name(), "cores": num_cores(), "gpu": gpu_name(device), "device": str(device),
         "dtype": str(run.dtype).removeprefix("torch."), "flops_per_s": speeds,
         "attention": attention_kernels(device, run.dtype), "compiler": compiler(device, problems),
         "free_memory_gib": None if free is None else free / GIB, "free_disk_gib": shutil.disk_usage(ROOT).free / GIB}
