@@ -26,10 +26,14 @@ from trainer.arguments import arg, command, parse_args
 from trainer.evaluation import generate_batch
 
 # level of the world, preset, and what each stage is given
-CPU = dict(level="mini", preset="tiny", pretrain=["--learning_rate", "4e-3", "--batch_size", "4", "--epochs", "1"],
-           sft=["--learning_rate", "4e-3", "--batch_size", "4", "--epochs", "2"])
-GPU = dict(level="full", preset="minimind-3", pretrain=["--learning_rate", "1e-3", "--batch_size", "32", "--epochs", "2"],
-           sft=["--learning_rate", "5e-4", "--batch_size", "32", "--epochs", "2"])
+CPU = dict(
+    level="mini", preset="tiny",
+    pretrain=["--optimizer", "muon", "--learning_rate", "3e-3", "--batch_size", "3"],
+    sft=["--optimizer", "muon", "--learning_rate", "2e-3", "--batch_size", "3", "--epochs", "2"])
+GPU = dict(
+    level="full", preset="minimind-3",
+    pretrain=["--optimizer", "muon", "--learning_rate", "1e-3", "--batch_size", "16"],
+    sft=["--optimizer", "muon", "--learning_rate", "5e-4", "--batch_size", "16"])
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Where a run computes: device, arithmetic, seeds, and one optimizer step in its right order."""
 
+import ctypes
 import os
 import random
+import sys
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -23,6 +25,8 @@ class Run:
         seed_everything(args.seed)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
+        else:
+            keep_freed_memory()
 
     def autocast(self):
         """The context of every forward: parameters stay float32, matrix products run in `dtype`."""
@@ -53,6 +57,14 @@ class Run:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed tensors: given back to the system, each step pays for their page faults again."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # other C libraries lack it
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def choose_device(name):
