@@ -207,9 +207,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, doc_lengths=None, past_key_values=None):
         B, T, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # B T H d
-        k = rotate(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # B T K d
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # B T H d
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # B T K d
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # B T K d
+        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)  # under autocast cos and sin are float32
         if doc_lengths is not None:
             out = self.attend_per_document(q, k, v, doc_lengths)
         else:

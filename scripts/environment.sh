@@ -15,7 +15,7 @@ find_python() {  # the first interpreter of a version that the pinned packages e
 }
 
 make_environment() {  # make_environment requirements.txt
-    local python stamp
+    local python stamp start=$SECONDS
     stamp=".venv/installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$1"
     [ -f "$stamp" ] && return
     python=$(find_python)
@@ -23,4 +23,5 @@ make_environment() {  # make_environment requirements.txt
     [ -x .venv/bin/python ] && .venv/bin/python -c '' 2>/dev/null || { rm -rf .venv && "$python" -m venv .venv; }
     .venv/bin/python -m pip install --disable-pip-version-check --quiet -r "$1"
     touch "$stamp"
+    echo "environment: $((SECONDS - start)) s"
 }

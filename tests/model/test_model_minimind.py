@@ -228,6 +228,21 @@ def test_left_padding_changes_nothing_and_gives_no_nan(dtype):
     assert all(x.grad.isfinite().all() for x in low.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["qwen3", "granitemoeshared"])
+def test_autocast_works_packed_and_with_a_cache(kind, dtype):
+    model, ids = build(kind).eval(), token_ids()
+    positions = torch.arange(12).remainder(5).expand(2, 12)
+    exact = model(ids, position_ids=positions).logits
+    with torch.autocast("cpu", dtype):
+        packed = model(ids, position_ids=positions, labels=ids)
+        packed.loss.backward()
+        out = model(ids[:, :4], use_cache=True)
+        model(ids[:, 4:], past_key_values=out.past_key_values)
+    assert (packed.logits - exact).abs().max() < 0.1 * exact.abs().max()
+    assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in model.parameters())
+
+
 def test_row_without_any_token_gives_no_nan():
     model = build("llama").eval()
     assert model(token_ids(2, 4), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])).logits.isfinite().all()
