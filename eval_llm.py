@@ -8,7 +8,6 @@
 Whether a checkpoint chats or only continues text is told by its tokenizer: a chat template is there or it is not.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -18,22 +17,28 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from dataset.chat_format import encode_prompt
 from dataset.jsonl import read_rows, split_share
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.toy_world import accuracy_table, format_table, heldout_questions, make_world
-from model.model_minimind import PRESETS, MiniMindForCausalLM
+from model.model_minimind import PRESETS
 from trainer.arguments import arg, command, parse_args
 from trainer.evaluation import bits_per_byte, toy_answers
+from trainer.record import write_json
 from trainer.run import Run, seed_everything
-from trainer.weights import check_vocabulary, config_from_args, find_weight
+from trainer.weights import read_weight
 
 TEST_PROMPTS = [
     "你是谁？", "Who are you?", "14 加 5 等于多少？", "What is 12 minus 7?", "把 9、2、5 从小到大排列。",
     "Which is larger, 8 or 13?", "用三句话介绍一下你自己。", "Explain why the sky is blue.",
     "写一首关于秋天的短诗。", "Give me two tips for learning a language."]
+# values of --benchmark ("" is talking) -> the flags that have an effect with these alone
+USED_BY = {
+    ("",): {"prompt", "test_prompts", "system", "historys", "temperature", "top_p", "top_k", "repetition_penalty", "show_speed"},
+    ("", "toy"): {"open_thinking", "max_new_tokens"}, ("toy",): {"toy_level", "limit"}, ("bpb",): {"data_path", "max_seq_len"},
+    ("toy", "bpb"): {"json"}}
 HELP = "Type a message. /new forgets the conversation, /exit (or Ctrl-D) leaves."
 
 
@@ -81,28 +86,22 @@ class EvalArgs:
                 raise ValueError(f"--{name} {getattr(self, name)}: give more than 0")
         if self.benchmark == "bpb" and not self.data_path:
             raise ValueError("--benchmark bpb needs --data_path FILE")
-        if self.data_path and self.benchmark != "bpb":
-            raise ValueError("--data_path has an effect with --benchmark bpb only")
-        if self.benchmark and (self.prompt is not None or self.test_prompts):
-            raise ValueError("--benchmark measures; --prompt and --test_prompts talk: choose one")
-        if self.json and not self.benchmark:
-            raise ValueError("--json has an effect with --benchmark only")
+        if self.prompt is not None and self.test_prompts:
+            raise ValueError("--prompt asks one question, --test_prompts a list of others: choose one")
+        for benchmarks, names in USED_BY.items():
+            for name in sorted(names & self.given):
+                if self.benchmark not in benchmarks:
+                    way = " or ".join(f"--benchmark {one}" if one else "talking" for one in benchmarks)
+                    raise ValueError(f"--{name} has an effect with {way} only: leave it out")
 
 
 def load(args, device):
     """(model, tokenizer, whether it chats) of --weight."""
-    source = find_weight(args.weight, args.save_dir, args.preset)
-    folder = source if source.is_dir() and (source / "tokenizer.json").is_file() else ROOT / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if source.is_dir():
-        model = MiniMindForCausalLM.from_pretrained(source)
-    else:
-        model = MiniMindForCausalLM.from_pth(source, config_from_args(args, device, len(tokenizer)))
-    check_vocabulary(model, tokenizer, folder)
+    model, tokenizer = read_weight(args.weight, args, device)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     chats = bool(tokenizer.chat_template) if args.mode == "auto" else args.mode == "chat"
     if chats and not tokenizer.chat_template:
-        raise ValueError(f"--mode chat: {source} has no chat template, it was only pretrained; fine-tune it first "
+        raise ValueError(f"--mode chat: {args.weight} has no chat template, it was only pretrained; fine-tune it first "
                          "(trainer/train_full_sft.py), or leave --mode out")
     return model.to(device), tokenizer, chats
 
@@ -138,7 +137,8 @@ def answer(model, tokenizer, chats, history, text, args, run):
     reply, speed = generate(model, tokenizer, ids, args, run)
     if args.show_speed:
         print(f"[{speed:.1f} tokens/s]")
-    return [*messages, {"role": "assistant", "content": reply}]
+    thought = "<think>\n" if chats and args.open_thinking else ""  # the prompt's part of the block; later rounds do not see it
+    return [*messages, {"role": "assistant", "content": thought + reply}]
 
 
 def chat(model, tokenizer, chats, args, run):
@@ -170,7 +170,8 @@ def benchmark_toy(model, tokenizer, chats, args, run):
         raise ValueError("--benchmark toy asks questions in a chat, but this checkpoint was only pretrained; "
                          "give a fine-tuned one, or measure this one with --benchmark bpb")
     questions = heldout_questions(make_world(args.toy_level), args.limit)
-    rows = accuracy_table(toy_answers(model, tokenizer, questions, run, enable_thinking=args.open_thinking))
+    rows = accuracy_table(toy_answers(model, tokenizer, questions, run, args.open_thinking,
+                                     args.max_new_tokens if "max_new_tokens" in args.given else 128))
     print(format_table(rows))
     return rows
 
@@ -196,8 +197,7 @@ def main(argv=None):
         rows = (benchmark_toy(model, tokenizer, chats, args, run) if args.benchmark == "toy"
                 else benchmark_bpb(model, tokenizer, args, run))
         if args.json:
-            figures = {"weight": args.weight, "benchmark": args.benchmark, "rows": rows}
-            Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+            write_json(args.json, {"weight": args.weight, "benchmark": args.benchmark, "rows": rows})
     elif args.prompt is not None or args.test_prompts:
         for text in TEST_PROMPTS if args.test_prompts else [args.prompt]:
             seed_everything(args.seed)

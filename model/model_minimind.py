@@ -11,15 +11,23 @@ Shape letters, used in comments throughout:
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 
 from .native_format import load_strictly, read_config, read_pth, read_state, write_folder
 
@@ -253,10 +261,11 @@ class Experts(nn.Module):
 
     def forward(self, x, counts):
         """x [rows, D] sorted by expert, counts [E] rows of each expert -> [rows, D]."""
-        if x.is_cuda and x.dtype == torch.bfloat16:  # one kernel for all experts, no wait for the counts
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if x.is_cuda and dtype == torch.bfloat16:  # one kernel for all experts, no wait for the counts
             ends = counts.cumsum(0).int()
-            gate, up = F.grouped_mm(x, self.gate_up_proj.to(x.dtype).mT, offs=ends).chunk(2, dim=-1)
-            return F.grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).mT, offs=ends)
+            gate, up = F.grouped_mm(x.to(dtype), self.gate_up_proj.to(dtype).mT, offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, self.down_proj.to(dtype).mT, offs=ends)
         outs = []
         for e, rows in enumerate(x.split(counts.tolist())):
             gate, up = F.linear(rows, self.gate_up_proj[e]).chunk(2, dim=-1)
@@ -288,7 +297,7 @@ class MixtureOfExperts(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)  # N * k places, sorted by expert
-        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        counts = F.one_hot(chosen.flatten(), self.num_experts).sum(0)  # unlike bincount without a wait for the GPU
         out = self.experts(flat[order // self.top_k], counts)[order.argsort()]  # back in the tokens' order
         out = (out.view(-1, self.top_k, x.shape[-1]) * weights.unsqueeze(-1).type_as(out)).sum(1).view_as(x)
         if self.shared_expert is not None:
@@ -334,20 +343,22 @@ class MiniMindPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Normal with std 0.02; projections that write into the residual stream less by sqrt(2 * layers) (GPT-2)."""
+        """Matrices normal with standard deviation `initializer_range`, norms 1."""
         std = self.config.initializer_range
-        into_residual = std / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Experts):
             nn.init.normal_(module.gate_up_proj, std=std)
-            nn.init.normal_(module.down_proj, std=into_residual)
-        if isinstance(module, Attention):
-            nn.init.normal_(module.o_proj.weight, std=into_residual)
-        elif isinstance(module, SwiGLU):
-            nn.init.normal_(module.down_proj.weight, std=into_residual)
+            nn.init.normal_(module.down_proj, std=std)
+
+
+@dataclass
+class MiniMindModelOutput(BaseModelOutputWithPast):
+    """Hidden states, cache and, for mixtures of experts in training, the load-balancing loss of each document [G]."""
+
+    balance_losses: torch.Tensor | None = None
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
@@ -392,10 +403,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
             x, layer_aux = layer(x, cos, sin, mask, doc_lengths, past_key_values, balance)
             aux.append(layer_aux)
         x = self.norm(x)
-        return MoeModelOutputWithPast(
+        return MiniMindModelOutput(
             last_hidden_state=x, past_key_values=past_key_values,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
-            router_logits=None if aux[0] is None else torch.stack(aux).mean(0))  # G
+            balance_losses=None if aux[0] is None else torch.stack(aux).mean(0))
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -441,7 +452,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             weight = (targets != -100).flatten() if labels is not None else torch.ones_like(doc_ids)
             weight = torch.bincount(doc_ids, weight.float(), minlength=num_docs)  # G
             weight[-1] = 0  # padding
-            aux_loss = (weight * out.router_logits).sum() / (weight.sum() if labels is None else num_targets)
+            aux_loss = (weight * out.balance_losses).sum() / (weight.sum() if labels is None else num_targets)
             if labels is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         output = MoeCausalLMOutputWithPast(
@@ -488,6 +499,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         config = MiniMindConfig(**read_config(folder))
         model = cls(config)
         load_strictly(model, read_state(folder, config.num_experts), folder)
+        if (Path(folder) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(dtype or torch.float32).eval()
 
     @classmethod

@@ -24,6 +24,7 @@ from dataset.chat_format import encode_prompt
 from trainer import train_full_sft, train_pretrain
 from trainer.arguments import arg, command, parse_args
 from trainer.evaluation import generate_batch
+from trainer.record import write_json
 
 # level of the world, preset, and what each stage is given
 CPU = dict(
@@ -32,13 +33,13 @@ CPU = dict(
     sft=["--optimizer", "muon", "--learning_rate", "2e-3", "--batch_size", "3", "--epochs", "2"])
 GPU = dict(
     level="full", preset="minimind-3",
-    pretrain=["--optimizer", "muon", "--learning_rate", "1e-3", "--batch_size", "16"],
-    sft=["--optimizer", "muon", "--learning_rate", "5e-4", "--batch_size", "16"])
+    pretrain=["--optimizer", "muon", "--learning_rate", "1e-3", "--batch_size", "8", "--max_seq_len", "2048"],
+    sft=["--optimizer", "muon", "--learning_rate", "5e-4", "--batch_size", "8", "--max_seq_len", "2048"])
 
 
 @dataclass
 class QuickstartArgs:
-    save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
+    save_dir: str = arg(str(ROOT / "out" / "quickstart"), "folder for the two runs")
     device: str = arg("auto", "cpu or cuda; auto: the GPU if there is one")
     max_steps: int | None = arg(None, "end each stage after so many steps: to see only that everything works")
     limit: int = arg(40, "questions of each skill when scoring")
@@ -64,7 +65,7 @@ def stage(module, name, args, plan, seconds):
 
 def score(folder, args, plan):
     """Accuracy on held-out questions, kept beside the weights; measured again only if those are newer."""
-    kept = folder / "toy.json"
+    kept = folder / f"toy_{args.limit}.json"
     if not kept.is_file() or kept.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
         eval_llm.main(["--weight", str(folder), "--benchmark", "toy", "--toy_level", plan["level"], "--limit", str(args.limit),
                        "--device", args.device, "--json", str(kept)])
@@ -98,6 +99,8 @@ def converse(folder, args, plan):
 
 def main(argv=None):
     args = parse_args(QuickstartArgs, argv)
+    if args.max_steps and "save_dir" not in args.given:
+        args.save_dir += f"_{args.max_steps}_steps"
     has_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     plan, seconds = GPU if has_gpu else CPU, {}
 
@@ -118,7 +121,7 @@ def main(argv=None):
     print("\nseconds: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     print(f"The model is in {folder}. Talk to it:\n\n    .venv/bin/python eval_llm.py --weight {folder}".replace(f"{ROOT}/", ""))
     if args.json:
-        Path(args.json).write_text(json.dumps({"seconds": seconds, "accuracy": rows}, indent=1) + "\n")
+        write_json(args.json, {"seconds": seconds, "accuracy": rows})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def out(tmp_path, monkeypatch):
 
 
 def flags(out, *more):
-    return ["--save_dir", str(out), "--max_new_tokens", "4", "--device", "cpu", *more]
+    return ["--save_dir", str(out), "--device", "cpu", *(() if "bpb" in more else ("--max_new_tokens", "4")), *more]
 
 
 def test_a_chat_model_gets_the_template_and_a_pretrained_one_the_text(out, monkeypatch):
@@ -81,6 +81,35 @@ def test_benchmarks_write_their_figures(out, tmp_path, capsys):
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_thinking_is_not_seen_by_later_rounds(out, monkeypatch):
+    seen, lines = [], iter(["one", "two", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(eval_llm, "generate", lambda model, tokenizer, ids, args, run: (
+        seen.append(tokenizer.decode(ids)), ("why\n</think>\n\nyes", 1.0))[1])
+    eval_llm.main(flags(out, "--open_thinking"))
+    assert seen[1] == ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+                       "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n<think>\n")
+
+
+def test_older_pth_files_load_with_what_they_had_otherwise(tmp_path, out, monkeypatch):
+    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+    from trainer.weights import legacy_config
+
+    args = eval_llm.parse_args(eval_llm.EvalArgs, ["--preset", "tiny"])
+    args.preset = "minimind-3-moe"
+    assert legacy_config(args, torch.device("cpu"), 6400).norm_topk_prob
+    args.preset = "minimind2-small"
+    assert legacy_config(args, torch.device("cpu"), 6400).rms_norm_eps == 1e-5
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig.from_preset("tiny")).eval()
+    torch.save({name: x.half() for name, x in model.state_dict().items()}, tmp_path / "chat.pth")
+    loaded = []
+    monkeypatch.setattr(eval_llm, "answer", lambda model, *rest: loaded.append(model) or [])
+    eval_llm.main(flags(out, "--weight", str(tmp_path / "chat.pth"), "--preset", "tiny", "--prompt", "hi"))
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(loaded[0](ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)
+
+
 def test_pth_files_need_their_shape(out, tmp_path):
     path = str(tmp_path / "full_sft_16.pth")
     with pytest.raises(ValueError, match="does not fit the network"):
@@ -97,8 +126,10 @@ def test_what_cannot_work_says_why(out, written, message):
 
 @pytest.mark.parametrize("written, message", [
     (["--top_p", "0"], "--top_p 0.0"), (["--benchmark", "bpb"], "needs --data_path"),
-    (["--data_path", "x"], "--benchmark bpb only"), (["--benchmark", "toy", "--prompt", "x"], "choose one"),
-    (["--json", "x"], "--benchmark only"), (["--temperature", "-1"], "0 or more")])
+    (["--data_path", "x"], "--data_path has an effect with --benchmark bpb only"),
+    (["--benchmark", "toy", "--prompt", "x"], "--prompt has an effect with talking only"),
+    (["--limit", "3"], "--limit has an effect with --benchmark toy only"), (["--json", "x"], "--json has an effect with"),
+    (["--test_prompts", "--prompt", "x"], "choose one"), (["--temperature", "-1"], "0 or more")])
 def test_contradictory_flags_are_refused(written, message, capsys):
     with pytest.raises(SystemExit):
         eval_llm.main(written)

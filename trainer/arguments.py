@@ -88,10 +88,11 @@ class TrainArgs:
     save_weight: str = arg("", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
     from_weight: str = arg("none", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file; none: from nothing")
     from_resume: bool = arg(False, "go on with an interrupted run where its last checkpoint stands")
+    overwrite: bool = arg(False, "replace the run of that name, should there be one")
     preset: str = arg("", "shape of the network (default: minimind-3 with a GPU, tiny without)", choices=list(PRESETS))
     hidden_size: int | None = arg(None, "width of the network, in place of the preset's")
     num_hidden_layers: int | None = arg(None, "layers, in place of the preset's")
-    use_moe: bool = arg(False, "mixture of experts: 4, of which each token visits one")
+    use_moe: bool = arg(False, "mixture of 4 experts, in place of the preset's feed-forward")
     max_seq_len: int = arg(512, "tokens of a packed row: the longest that is trained on")
     epochs: int = arg(1, "passes over the data")
     max_steps: int | None = arg(None, "end after so many optimizer steps, though --epochs would go on")
@@ -124,9 +125,9 @@ class TrainArgs:
     inspect: int = arg(0, "print so many rows with what is trained on in colour, and stop")
     json: str = arg("", "write the figures of the run to this file too")
 
-    # what may change between an interrupted run and its resumption without changing a single number
-    FREE = ("save_dir", "from_resume", "device", "use_compile", "num_workers", "bad_rows", "log_interval", "save_interval",
-            "inspect", "json", "from_weight")
+    # what may change between an interrupted run and its resumption: it decides no number, or is compared in another way
+    FREE = ("save_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "log_interval", "save_interval", "inspect",
+            "json", "from_weight")
 
     def check(self):
         """ValueError for values out of range and for flags that contradict each other."""
@@ -134,6 +135,9 @@ class TrainArgs:
                      "learning_rate", "max_steps", "hidden_size", "num_hidden_layers", "num_workers"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: give more than 0")
+        for name in ("grad_clip", "weight_decay", "seed", "inspect"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more")
         for name in ("warmup_share", "decay_share", "min_lr_share", "val_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: give a share from 0 to 1")
@@ -143,12 +147,11 @@ class TrainArgs:
             raise ValueError("--warmup_share and --decay_share add up to more than 1")
         if "decay_share" in self.given and self.schedule != "wsd":
             raise ValueError("--decay_share has an effect with --schedule wsd only; leave it out or choose wsd")
-        shape = {"hidden_size", "num_hidden_layers", "use_moe", "preset"} & self.given
-        is_file = self.from_weight != "none" and Path(self.from_weight).exists()
-        if is_file and Path(self.from_weight).is_dir() and shape:
-            raise ValueError(f"--{min(shape)} contradicts --from_weight {self.from_weight}: the checkpoint decides the shape; "
-                             f"leave --{min(shape)} out")
         if self.val_path and "val_share" in self.given:
             raise ValueError("--val_path and --val_share are two ways to choose the held-out rows: leave one of them out")
+        if "val_max_rows" in self.given and (self.val_path or not self.val_share):
+            raise ValueError("--val_max_rows limits the --val_share, which is not used here: leave it out")
+        if self.overwrite and self.from_resume:
+            raise ValueError("--overwrite begins anew and --from_resume goes on: choose one")
         if self.use_moe and "moe" in self.preset:
             raise ValueError(f"--use_moe with --preset {self.preset}, which is one already: leave one of them out")

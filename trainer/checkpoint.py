@@ -31,13 +31,18 @@ class Checkpoint:
     """Saves and restores one run in `folder`.
 
     `args`: the stage's dataclass; `fingerprint`: of the data. Both must be the same when the run is resumed, apart
-    from the flags that `args.FREE` lists.
+    from the flags that `args.FREE` lists. ValueError if the folder holds another run and neither --from_resume nor
+    --overwrite says what to do with it.
     """
 
-    def __init__(self, folder, args, model, tokenizer, optimizer, scaler, fingerprint):
+    def __init__(self, folder, args, run, model, tokenizer, optimizer, fingerprint):
         self.folder, self.args, self.fingerprint = Path(folder), args, fingerprint
-        self.model, self.tokenizer, self.optimizer, self.scaler = model, tokenizer, optimizer, scaler
+        self.model, self.tokenizer, self.optimizer, self.scaler = model, tokenizer, optimizer, run.scaler
+        self.arithmetic = f"{run.dtype} on {run.device.type}".removeprefix("torch.")
         self.is_resumed = False
+        if self.steps() and not (args.from_resume or args.overwrite):
+            raise ValueError(f"{folder} holds a run, {self.steps()[0][0]} updates long: go on with it (--from_resume), "
+                             "choose another name (--save_weight), or replace it (--overwrite)")
 
     def steps(self):
         """[(updates done, folder)] of the checkpoints that are there, newest first."""
@@ -51,6 +56,8 @@ class Checkpoint:
         """
         final = self.folder / "checkpoints" / f"step-{step}"
         building = final.with_name(f".{final.name}.{os.getpid()}")
+        for left_over in final.parent.glob(".step-*"):  # of a process that was killed
+            shutil.rmtree(left_over)
         try:
             self.model.save_pretrained(building)
             self.tokenizer.save_pretrained(building)
@@ -80,8 +87,10 @@ class Checkpoint:
             new = self.folder / f".{path.name}.new"
             new.unlink(missing_ok=True)
             try:
+                if path.suffix != ".safetensors":  # small, and an editor that writes in place would change both
+                    raise OSError
                 os.link(path, new)
-            except OSError:  # a file system without hard links
+            except OSError:  # or a file system without hard links
                 shutil.copyfile(path, new)
             os.replace(new, self.folder / path.name)
         if not (checkpoint / "chat_template.jinja").exists():
@@ -92,7 +101,7 @@ class Checkpoint:
         numpy_state = np.random.get_state()
         return {
             "step": step, "targets": targets, "fingerprint": self.fingerprint, "arguments": asdict(self.args),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "arithmetic": self.arithmetic, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "random": {
                 "python": random.getstate(), "numpy": (*numpy_state[:1], numpy_state[1].tolist(), *numpy_state[2:]),
                 "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
@@ -132,6 +141,8 @@ class Checkpoint:
                    if name not in (*self.args.FREE, "data_path", "val_path") and name in theirs and ours[name] != theirs[name]]
         if state["fingerprint"] != self.fingerprint:
             changed.insert(0, "the data (or the tokenizer, or its template)")
+        if state["arithmetic"] != self.arithmetic:
+            changed.append(f"{state['arithmetic']} -> {self.arithmetic}")
         if changed:
             raise ValueError(f"{path} cannot be resumed, because something changed: {', '.join(changed)}. "
                              "Set it back, or start a new run without --from_resume under another --save_weight")

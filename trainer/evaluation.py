@@ -19,7 +19,11 @@ def validation_sets(args, dataset, build):
     `build(paths)` makes a dataset of files with the stage's own settings.
     """
     if args.val_path:
-        return dataset, {Path(path).name.split(".")[0]: build(path) for path in args.val_path}
+        names = [Path(path).name.split(".jsonl")[0] for path in args.val_path]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--val_path: two files are called {max(names, key=names.count)!r}, and their figures would be "
+                             "mixed up; rename one")
+        return dataset, {name: build(path) for name, path in zip(names, args.val_path)}
     if not args.val_share:
         return dataset, {}
     training, held_out = dataset.held_out_split(args.val_share, seed=args.seed, max_rows=args.val_max_rows)
@@ -41,7 +45,7 @@ def bits_per_byte(model, tokenizer, dataset, run, max_seq_len, batch_size=8):
             targets = F.pad(micro["labels"][:, 1:], (0, 1), value=-100)
             with run.autocast():
                 hidden = model.model(micro["input_ids"], position_ids=micro["position_ids"]).last_hidden_state
-                nll += model.nll_sum(hidden, targets).double().item()
+                nll += model.nll_sum(hidden, targets).item()
             kept = targets[targets != -100]
             num_tokens += kept.numel()
             num_bytes += byte_lengths[kept].sum().item()

@@ -15,17 +15,18 @@ class RunRecord:
     """Writes `folder`/metrics.jsonl and arguments.json, and shows the progress. Use it in a `with`.
 
     first, targets: updates done and target tokens trained on before this process. Lines of a former attempt about
-    later steps are dropped: they will be written again.
+    later steps are dropped: they will be written again. resolved: what else arguments.json should say, such as the
+    data's fingerprint.
     """
 
-    def __init__(self, folder, args, first, targets, num_steps):
+    def __init__(self, folder, args, first, targets, num_steps, **resolved):
         self.folder, self.num_steps, self.first = Path(folder), num_steps, first
         self.targets = self.targets_before = targets
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= first] if first else []
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        (self.folder / "arguments.json").write_text(json.dumps(asdict(args), indent=1, ensure_ascii=False) + "\n")
+        write_json(self.folder / "arguments.json", {**asdict(args), "num_steps": num_steps, **resolved})
         self.start, self.spoken = time.perf_counter(), 0.0
         self.bar = tqdm(total=num_steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
@@ -60,6 +61,12 @@ class RunRecord:
         sys.stdout.flush()
 
 
+def write_json(path, figures):
+    """Write figures to a file, whose folder is made if it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+
+
 def read_metrics(path):
     """The rows of a metrics.jsonl, a half-written last line left out; [] if there is no file."""
     if not Path(path).is_file():
@@ -78,7 +85,7 @@ def finish(folder, args):
     plot_curve(folder)
     if args.json:
         last = {name: value for row in read_metrics(folder / "metrics.jsonl") for name, value in row.items()}
-        Path(args.json).write_text(json.dumps({"folder": str(folder), **last}, indent=1) + "\n")
+        write_json(args.json, {"folder": str(folder), **last})
     print(f"saved {folder}: the weights, loss.png and metrics.jsonl")
 
 

@@ -1,7 +1,6 @@
 """Where a run computes: device, arithmetic, seeds, and one optimizer step in its right order."""
 
 import ctypes
-import os
 import random
 import sys
 from contextlib import contextmanager, nullcontext
@@ -48,12 +47,15 @@ class Run:
         parts = getattr(optimizer, "parts", [optimizer])
         for part in parts:
             self.scaler.unscale_(part)
-        limit = self.grad_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        if not norm.isfinite() and not self.scaler.is_enabled():
+        gradients = [x.grad for x in model.parameters() if x.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if norm.isfinite():
+            if self.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.grad_clip, norm)
+            for part in parts:
+                self.scaler.step(part)
+        elif not self.scaler.is_enabled():  # in float16 the step is left out, and the scale goes down
             raise FloatingPointError("the gradient is not finite: lower --learning_rate; the last checkpoint is from before")
-        for part in parts:
-            self.scaler.step(part)  # leaves out a float16 step whose gradient overflowed
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
@@ -88,11 +90,6 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def num_cores():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

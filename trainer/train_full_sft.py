@@ -5,13 +5,14 @@ token of each turn among them, and divided by their number in the optimizer step
 masked as in Zhou et al. 2023). Which tokens are the assistant's is what the chat template says, not a search for
 markers, so nothing that a user types is ever trained on.
 
-    python trainer/train_full_sft.py --max_steps 30 --from_weight none      # a minute on a CPU, on the toy world
+    python trainer/train_full_sft.py --max_steps 30 --from_weight none --save_weight try     # a minute on a CPU, toy world
     python trainer/train_full_sft.py --data_path chat_zh.jsonl.xz chat_en.jsonl.xz --preset minimind-3 --batch_size 64
     python trainer/train_full_sft.py --data_path my_shop.jsonl --from_weight out/full_sft_tiny --save_weight shop
 
-What to expect: the loss begins near 2 to 3 bits per token after pretraining on similar text and falls quickly; more than
-a few epochs overfit. --empty_think_share teaches answers without thinking after an empty think block, and
---system_prompt_share to listen to system prompts. The weights are in out/full_sft_<preset>/: chat with eval_llm.py.
+What to expect: the loss begins well below pretraining's start, since the words are known, and falls quickly; watch the
+held-out bits per byte for overfitting after more than a few epochs. --empty_think_share teaches answers without thinking
+after an empty think block, and --system_prompt_share to listen to system prompts. The weights are in
+out/full_sft_<preset>/: chat with eval_llm.py.
 """
 
 import sys
@@ -76,13 +77,14 @@ def main(argv=None):
         seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id)
     optimizer = build_optimizer(model, args)
     folder = run_folder(args, model.config)
-    checkpoint = Checkpoint(folder, args, model, tokenizer, optimizer, run.scaler, training.fingerprint)
+    checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
     first, targets = checkpoint.restore() if args.from_resume else (0, 0)
     net = run.wrap(model)
     print(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, steps {first} to {len(batches)} on {run.device}, "
           f"{batches.padding_share:.1%} of the positions are padding")
 
-    with RunRecord(folder, args, first, targets, len(batches)) as record:
+    with RunRecord(folder, args, first, targets, len(batches), data_fingerprint=training.fingerprint,
+                   arithmetic=checkpoint.arithmetic, shape=model.config.to_dict()) as record:
         for step, micro_batches in enumerate(batches.from_step(first), start=first):
             learning_rate = learning_rate_at(step, len(batches), args)
             set_learning_rate(optimizer, learning_rate)
@@ -99,7 +101,7 @@ def main(argv=None):
             record.advance(done, num_targets, step_loss, learning_rate)
             if done % args.log_interval == 0 or is_last:
                 record.log(step=done, loss=step_loss, learning_rate=learning_rate, grad_norm=grad_norm)
-            if done % args.val_interval == 0 or is_last:
+            if held_out and (done % args.val_interval == 0 or is_last):
                 scores, text = validate(model, tokenizer, held_out, run, args, index=done // args.val_interval)
                 record.log(step=done, **scores)
                 record.say(text)

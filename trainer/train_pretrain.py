@@ -4,7 +4,7 @@ For a document x_1 ... x_n the loss is the mean negative log-likelihood -1/n * s
 tokens of an optimizer step, however they are spread over rows and micro-batches (Bengio et al. 2003; Radford et al.
 2018, eq. 1). Documents are packed into rows of --max_seq_len tokens and do not see each other.
 
-    python trainer/train_pretrain.py --max_steps 30                         # a minute on a CPU, on the toy world
+    python trainer/train_pretrain.py --max_steps 30 --save_weight try        # a minute on a CPU, on the toy world
     python trainer/train_pretrain.py --data_path zh.jsonl.xz en.jsonl.xz@0.5 --preset minimind-3 --batch_size 64
     python trainer/train_pretrain.py --data_path zh.jsonl.xz en.jsonl.xz@0.5 --preset minimind-3 --batch_size 64 --from_resume
 
@@ -63,13 +63,14 @@ def main(argv=None):
         seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id)
     optimizer = build_optimizer(model, args)
     folder = run_folder(args, model.config)
-    checkpoint = Checkpoint(folder, args, model, tokenizer, optimizer, run.scaler, training.fingerprint)
+    checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
     first, targets = checkpoint.restore() if args.from_resume else (0, 0)
     net = run.wrap(model)
     print(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, steps {first} to {len(batches)} on {run.device}, "
           f"{batches.padding_share:.1%} of the positions are padding")
 
-    with RunRecord(folder, args, first, targets, len(batches)) as record:
+    with RunRecord(folder, args, first, targets, len(batches), data_fingerprint=training.fingerprint,
+                   arithmetic=checkpoint.arithmetic, shape=model.config.to_dict()) as record:
         for step, micro_batches in enumerate(batches.from_step(first), start=first):
             learning_rate = learning_rate_at(step, len(batches), args)
             set_learning_rate(optimizer, learning_rate)
@@ -86,7 +87,7 @@ def main(argv=None):
             record.advance(done, num_targets, step_loss, learning_rate)
             if done % args.log_interval == 0 or is_last:
                 record.log(step=done, loss=step_loss, learning_rate=learning_rate, grad_norm=grad_norm)
-            if done % args.val_interval == 0 or is_last:
+            if held_out and (done % args.val_interval == 0 or is_last):
                 scores, text = validate(model, tokenizer, held_out, run, args, index=done // args.val_interval)
                 record.log(step=done, **scores)
                 record.say(text)

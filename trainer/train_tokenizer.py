@@ -32,7 +32,9 @@ sys.path.insert(0, str(ROOT))
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dataset.jsonl import in_share, read_rows, split_share
-from trainer.arguments import arg, parse_args
+from dataset.toy_world import write_world
+from trainer.arguments import arg, command, parse_args
+from trainer.record import write_json
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKUP_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
@@ -48,8 +50,9 @@ TOY = ROOT / "dataset" / "toy_mini"
 @dataclass
 class TokenizerArgs:
     data_path: list[str] = arg(
-        [str(TOY / "pretrain_train.jsonl"), str(TOY / "sft_train.jsonl")],
-        "files of text or conversations rows (.jsonl, .jsonl.gz, .jsonl.xz); FILE@0.4 takes that share of its rows",
+        [],
+        "files of text or conversations rows (.jsonl, .jsonl.gz, .jsonl.xz); FILE@0.4 takes that share of its rows "
+        "(default: the toy world)",
         nargs="+",
     )
     save_dir: str = arg(str(ROOT / "out" / "tokenizer"), "folder for tokenizer.json, its settings and the template")
@@ -65,6 +68,12 @@ class TokenizerArgs:
             raise ValueError(f"--vocab_size {self.vocab_size}: give room for {NUM_ADDED} added tokens and 256 bytes, 288")
         if self.sample_mb <= 0:
             raise ValueError(f"--sample_mb {self.sample_mb}: give more than 0")
+
+
+def toy_paths() -> list[str]:
+    """Return the files that a run without --data_path reads: the toy world's, written here if they are missing."""
+    write_world("mini", TOY)
+    return [str(TOY / f"{stage}_train.jsonl") for stage in ("pretrain", "sft")]
 
 
 def is_held_out(line_no: int) -> bool:
@@ -178,10 +187,6 @@ def save(content: dict, save_dir: Path) -> None:
     (save_dir / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-
-
 def held_out_counts(data_path: list[str], tokenizer: Tokenizer) -> dict[str, Counter]:
     """Return rows, characters, bytes and tokens of the held-out text per language."""
     counts = defaultdict(Counter)
@@ -192,6 +197,7 @@ def held_out_counts(data_path: list[str], tokenizer: Tokenizer) -> dict[str, Cou
 
 def main(argv=None):
     args = parse_args(TokenizerArgs, argv)
+    args.data_path = args.data_path or toy_paths()
     texts, used = sample_texts(args)
     print(f"{len(texts):,} rows: " + ", ".join(f"{size / 1e6:.2f} MB of {lang}" for lang, size in used.items()))
     content = train(texts, args.vocab_size)
@@ -204,9 +210,9 @@ def main(argv=None):
         characters, size = (count[unit] / count["tokens"] for unit in ("characters", "bytes"))
         print(f"held out, {lang}: {count['rows']:,} rows, {characters:.3f} characters or {size:.3f} bytes per token")
     if args.json:
-        write_json(Path(args.json), figures)
+        write_json(args.json, figures)
     print(f"saved {args.save_dir}: {figures['vocab_size']:,} entries")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

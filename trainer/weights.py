@@ -9,27 +9,43 @@ from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "qk_norm",
          "num_experts", "num_experts_per_tok")
+SHAPE_FLAGS = {"preset", "hidden_size", "num_hidden_layers", "use_moe"}
 
 
 def load_model(args, device, chat=True):
     """(model in float32 on `device`, tokenizer) as --from_weight, --preset and the shape flags say.
 
     chat=False: the tokenizer is without its chat template, which is how a checkpoint says that it only continues text.
-    Raises ValueError if the checkpoint is missing or damaged, or if its tokenizer has another vocabulary.
+    Raises ValueError if the checkpoint is missing or damaged, has another shape than the flags say, or a tokenizer
+    with another vocabulary.
     """
-    source = None if args.from_weight == "none" else find_weight(args.from_weight, args.save_dir, args.preset)
-    folder = source if source and source.is_dir() and (source / "tokenizer.json").is_file() else ROOT / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if source is None:
+    if args.from_weight == "none":
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
         model = MiniMindForCausalLM(config_from_args(args, device, len(tokenizer)))
-    elif source.is_dir():
-        model = MiniMindForCausalLM.from_pretrained(source)
     else:
-        model = MiniMindForCausalLM.from_pth(source, config_from_args(args, device, len(tokenizer)))
-    check_vocabulary(model, tokenizer, folder)
-    tokenizer.chat_template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8") if chat else None
+        model, tokenizer = read_weight(args.from_weight, args, device)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    tokenizer.chat_template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8") if chat else None
     return model.to(device).train(), tokenizer
+
+
+def read_weight(name, args, device):
+    """(model, tokenizer) of an existing checkpoint: a run's name in args.save_dir, a folder, or a .pth file."""
+    source = find_weight(name, args, device)
+    folder = source if (source / "tokenizer.json").is_file() else ROOT / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if source.suffix == ".pth":
+        model = MiniMindForCausalLM.from_pth(source, legacy_config(args, device, len(tokenizer)))
+    else:
+        model = MiniMindForCausalLM.from_pretrained(source)
+        if SHAPE_FLAGS & args.given:
+            asked = config_from_args(args, device, len(tokenizer))
+            if shape_name(asked) != shape_name(model.config):
+                flags = " ".join(f"--{name}" for name in sorted(SHAPE_FLAGS & args.given))
+                raise ValueError(f"{source} is a {shape_name(model.config)}, but {flags} "
+                                 f"ask for a {shape_name(asked)}: the checkpoint decides the shape, leave them out")
+    check_vocabulary(model, tokenizer, folder)
+    return model, tokenizer
 
 
 def check_vocabulary(model, tokenizer, folder):
@@ -45,7 +61,7 @@ def config_from_args(args, device, vocab_size):
     changes = {"vocab_size": vocab_size}
     if args.num_hidden_layers:
         changes["num_hidden_layers"] = args.num_hidden_layers
-    if args.hidden_size:
+    if args.hidden_size and args.hidden_size != PRESETS[preset]["hidden_size"]:
         feed_forward = -(-args.hidden_size * 8 // (3 * 64)) * 64  # 8/3 of the width, in whole 64s, as Llama has it
         changes |= {"hidden_size": args.hidden_size, "intermediate_size": feed_forward}
     if args.use_moe:
@@ -70,12 +86,27 @@ def run_folder(args, config):
     return Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
 
 
-def find_weight(name, save_dir, preset=""):
-    """The folder or .pth file that --from_weight names: a path, or a run in `save_dir`. ValueError if there is none."""
-    if Path(name).exists():
-        return Path(name)
-    save_dir = Path(save_dir)
-    runs = [save_dir / f"{name}_{preset}"] if preset else sorted(save_dir.glob(f"{name}_*")) + [save_dir / name]
+def legacy_config(args, device, vocab_size):
+    """The shape of a .pth file; what older files of this family had otherwise than our presets has no trace in them."""
+    config = config_from_args(args, device, vocab_size)
+    if config.qk_norm:
+        config.norm_topk_prob = True  # their top-1 weight is the constant 1
+    else:
+        config.rms_norm_eps = 1e-5
+    return config
+
+
+def find_weight(name, args, device):
+    """The folder or .pth file that a name stands for: a path, or a run in args.save_dir. ValueError if there is none."""
+    path, save_dir = Path(name), Path(args.save_dir)
+    if path.suffix == ".pth" or path.is_absolute() or (path / "config.json").is_file():
+        return path  # the reader says what is wrong with it
+    if SHAPE_FLAGS & args.given:
+        wanted = f"{name}_{shape_name(config_from_args(args, device, 6400))}"
+        runs = [save_dir / wanted]
+    else:
+        wanted = f"{name}_<preset>"
+        runs = [*sorted(save_dir.glob(f"{name}_*")), save_dir / name]
     found = [run for run in runs if (run / "config.json").is_file()]
     if len(found) == 1:
         return found[0]
@@ -83,6 +114,5 @@ def find_weight(name, save_dir, preset=""):
         raise ValueError(f"{name!r} fits {', '.join(run.name for run in found)} in {save_dir}: say which with --preset, "
                          "or give the folder")
     there = ", ".join(sorted(path.parent.name for path in save_dir.glob("*/config.json"))) or "no run at all"
-    wanted = f"{name}_{preset}" if preset else f"{name}_<preset>"
     raise ValueError(f"no weights are found as {name!r}: {save_dir} has no {wanted}, only {there}. "
                      "Train that stage first, or give a checkpoint folder or .pth file")

@@ -35,6 +35,9 @@ def test_switches_take_nothing_or_a_word(written, expected):
 @pytest.mark.parametrize("cls, written, message", [
     (Example, ["--flag", "perhaps"], "neither yes nor no"), (Example, ["--nmber", "1"], "--nmber"),
     (PretrainArgs, ["--batch_size", "0"], "--batch_size 0: give more than 0"),
+    (PretrainArgs, ["--grad_clip", "-1"], "--grad_clip -1.0: give 0 or more"),
+    (PretrainArgs, ["--overwrite", "--from_resume"], "choose one"),
+    (PretrainArgs, ["--val_max_rows", "5", "--val_share", "0"], "leave it out"),
     (PretrainArgs, ["--max_seq_len", "1"], "--max_seq_len 1: a row needs"),
     (PretrainArgs, ["--warmup_share", "1.5"], "--warmup_share 1.5: give a share"),
     (PretrainArgs, ["--schedule", "wsd", "--warmup_share", "0.9"], "add up to more than 1"),
@@ -48,12 +51,6 @@ def test_mistakes_end_the_program_and_name_the_flag(cls, written, message, capsy
     with pytest.raises(SystemExit) as end:
         parse_args(cls, written)
     assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_shape_flag_contradicts_a_checkpoint_folder(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse_args(SFTArgs, ["--from_weight", str(tmp_path), "--hidden_size", "64"])
-    assert "--hidden_size contradicts --from_weight" in capsys.readouterr().err
 
 
 def test_help_shows_defaults_but_no_path_of_this_machine(capsys):

@@ -100,8 +100,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path,
     monkeypatch.setattr(STAGES[stage], "learning_rate_at", cut_at_7)
     with pytest.raises(PowerCut):
         STAGES[stage].main(flags(stage, **options))
-    monkeypatch.setattr(STAGES[stage], "learning_rate_at", step_of)
+    again = []
+    monkeypatch.setattr(STAGES[stage], "learning_rate_at", lambda step, *rest: again.append(step) or step_of(step, *rest))
     STAGES[stage].main([*flags(stage, **options), "--from_resume"])
+    assert again == list(range(4, 10))  # from the checkpoint after four updates, not from the beginning
     resumed = tmp_path / "out" / name
     assert losses(resumed) == losses(whole)
     assert_same(weights(resumed), weights(whole))
@@ -109,8 +111,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path,
     assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(whole / "metrics.jsonl")]
 
 
-def test_a_finished_run_is_not_trained_again(flags, tmp_path):
+def test_a_finished_run_is_not_trained_again(flags, tmp_path, monkeypatch):
     train_pretrain.main(flags())
+    monkeypatch.delattr(train_pretrain, "learning_rate_at")
     before = weights(tmp_path / "out" / NAMES["pretrain"])
     train_pretrain.main([*flags(), "--from_resume"])
     assert_same(weights(tmp_path / "out" / NAMES["pretrain"]), before)
@@ -121,16 +124,20 @@ def test_sft_starts_from_the_pretrained_run_by_name_and_by_folder(flags, tmp_pat
     folder = tmp_path / "out" / NAMES["pretrain"]
     results = []
     for weight in ("pretrain", folder):
-        train_full_sft.main(flags("sft", from_weight=weight, max_steps=1, learning_rate=1e-9, weight_decay=0))
+        train_full_sft.main([*flags("sft", from_weight=weight, max_steps=1, learning_rate=1e-9, weight_decay=0), "--overwrite"])
         results.append(weights(tmp_path / "out" / NAMES["sft"]))
         assert_same(results[-1], weights(folder), exactly=False)
     assert_same(*results)
 
 
-def test_a_new_run_in_the_folder_of_an_old_one_forgets_its_checkpoints(flags, tmp_path):
+def test_a_run_is_replaced_only_on_demand_and_then_wholly(flags, tmp_path):
     folder = tmp_path / "out" / NAMES["pretrain"]
     train_pretrain.main(flags(max_steps=8))
-    train_pretrain.main(flags(max_steps=2, seed=1))
+    before = weights(folder)
+    with pytest.raises(ValueError, match=r"holds a run, 8 updates long.*--from_resume.*--save_weight.*--overwrite"):
+        train_pretrain.main(flags(max_steps=2, seed=1))
+    assert_same(weights(folder), before)
+    train_pretrain.main([*flags(max_steps=2, seed=1), "--overwrite"])
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
     assert {row["step"] for row in read_metrics(folder / "metrics.jsonl")} == {1, 2}
 
@@ -212,6 +219,15 @@ def test_bad_rows_can_be_skipped(flags, rows, capsys):
     assert "1 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["pretrain", "/nowhere/at/all.pth", "/nowhere/at/all"])
+def test_weights_that_are_not_there_or_of_another_shape_are_refused(name, flags, tmp_path):
+    train_pretrain.main(flags(max_steps=1))
+    with pytest.raises(ValueError, match=r"no weights are found as 'pretrain'|does not exist|is missing"):
+        train_full_sft.main([*flags("sft", from_weight=name), "--preset", "minimind-3"])
+    with pytest.raises(ValueError, match=r"is a 32x2, but --hidden_size ask for a 64x4"):
+        train_full_sft.main([*flags("sft", from_weight=tmp_path / "out" / NAMES["pretrain"]), "--hidden_size", "64"])
+
+
 def test_a_missing_weight_is_named_with_what_is_there(flags, tmp_path):
     train_pretrain.main(flags(max_steps=1))
     with pytest.raises(ValueError, match=r"no weights are found as 'dpo': .*only pretrain_32x2\."):
@@ -231,4 +247,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(flags, tmp_path):
 def test_validation_files_are_scored_each_by_itself(flags, rows, tmp_path):
     train_pretrain.main([*[flag for flag in flags(max_steps=1) if flag not in ("--val_share", "0.1")],
                          "--val_path", str(rows["pretrain"])])
+    with pytest.raises(ValueError, match="two files are called 'text'"):
+        train_pretrain.main([*[flag for flag in flags(save_weight="other") if flag not in ("--val_share", "0.1")],
+                             "--val_path", str(rows["pretrain"]), str(rows["pretrain"])])
     assert "val_bpb/text" in read_metrics(tmp_path / "out" / NAMES["pretrain"] / "metrics.jsonl")[-1]
