@@ -3,12 +3,13 @@
 `apply_chat_template` renders a string and tokenizes it, so a user who types `<|im_end|>` ends the turn. Here the text
 that people supply and the marks that the template sets are told apart: in every supplied string, a special token's
 spelling loses its first character to a stand-in that occurs nowhere in the conversation; whatever special spelling
-is left after rendering is the template's own. On text without such spellings the ids equal `apply_chat_template`'s.
+is left after rendering is the template's own. On text without such spellings the ids equal `apply_chat_template`'s,
+unless an assistant's message begins with a line break: there the generation prompt ends with one, and what the model
+writes cannot fuse with it. `apply_chat_template` fuses the two.
 """
 
 import json
 import re
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -28,16 +29,7 @@ def encode_conversation(
     assistant's reasoning, content, calls and `<|im_end|>`. A span is tokenized by itself, so that its ids follow the
     ids of `encode_prompt` exactly. ValueError where `check_conversation` finds a fault.
     """
-    text, spans, encode = _render(tokenizer, messages, tools)
-    input_ids, is_target = [], []
-    position = 0
-    for start, end in [*spans, (len(text), len(text))]:
-        for piece, trained in ((text[position:start], False), (text[start:end], True)):
-            ids = encode(piece)
-            input_ids += ids
-            is_target += [trained] * len(ids)
-        position = end
-    return input_ids, is_target
+    return _render(tokenizer, messages, tools)
 
 
 def encode_prompt(
@@ -45,11 +37,11 @@ def encode_prompt(
 ) -> list[int]:
     """Encode a conversation up to where the assistant writes next: ids [T] that end with the generation prompt.
 
-    enable_thinking: True opens a think block, False writes an empty one, None leaves it to the model.
+    enable_thinking: True opens a think block, False writes an empty one, None leaves it to the model. The conversation
+    with the answer begins with these ids, unless the template drops reasoning that one of the two still shows.
     """
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    text, _, encode = _render(tokenizer, messages, tools, add_generation_prompt=True, **options)
-    return encode(text)
+    return _render(tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
 
 
 def check_conversation(messages: Any, tools: Any = None) -> None:
@@ -124,10 +116,8 @@ def _normalize_message(message: dict) -> dict:
     return message
 
 
-def _render(
-    tokenizer, messages: list[dict], tools: list | str | None, **options
-) -> tuple[str, list[tuple[int, int]], Callable[[str], list[int]]]:
-    """Return the rendered text, its generation spans [start, end) in characters, and the encoder of its pieces."""
+def _render(tokenizer, messages: list[dict], tools: list | str | None, **options) -> tuple[list[int], list[bool]]:
+    """Render a conversation and encode it: (input_ids, is_target), both [T]; the text is cut at the generation spans."""
     check_conversation(messages, tools)
     messages, tools = normalize_conversation(messages, tools)
     special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
@@ -150,7 +140,7 @@ def _render(
         return_assistant_tokens_mask=True,
         **options,
     )
-    plain = _plain_encoder(tokenizer)
+    plain = plain_encoder(tokenizer)
 
     def encode(piece: str) -> list[int]:
         ids = []
@@ -158,7 +148,15 @@ def _render(
             ids += [special[part]] if part in special else plain.encode(part.replace(stand_in, "<")).ids
         return ids
 
-    return rendered[0], spans[0], encode
+    text, position = rendered[0], 0
+    input_ids, is_target = [], []
+    for start, end in [*spans[0], (len(text), len(text))]:
+        for piece, trained in ((text[position:start], False), (text[start:end], True)):
+            ids = encode(piece)
+            input_ids += ids
+            is_target += [trained] * len(ids)
+        position = end
+    return input_ids, is_target
 
 
 @lru_cache
@@ -172,7 +170,7 @@ def _unused_character(text: str) -> str:
     return next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)  # E000: private use begins
 
 
-def _plain_encoder(tokenizer) -> Tokenizer:
+def plain_encoder(tokenizer) -> Tokenizer:
     """Return the same byte-level BPE without added tokens: to it `<|im_end|>` is ten characters of text."""
     full = tokenizer.backend_tokenizer
     plain = Tokenizer(full.model)  # shares the vocabulary, copies nothing

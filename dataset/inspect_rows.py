@@ -75,5 +75,6 @@ def main(argv=None) -> None:
         sys.exit(f"error: {error}")
     show_rows(dataset, tokenizer, args.rows)
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         figures = {**asdict(dataset.report), "padding_share": packing_waste(dataset), "fingerprint": dataset.fingerprint}
         Path(args.json).write_text(json.dumps(figures, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from dataset import token_cache
-from dataset.chat_format import _plain_encoder, check_conversation, encode_conversation
+from dataset.chat_format import check_conversation, encode_conversation, plain_encoder
 from dataset.jsonl import in_share, iter_lines, parse_row, split_share
 from dataset.packing import IGNORE
 from dataset.token_cache import EncodedBlock, LineBlock, Report
@@ -111,7 +111,7 @@ class PretrainEncoder(RowEncoder):
 
     def __init__(self, tokenizer, max_seq_len: int, bad_rows: str):
         super().__init__(tokenizer, max_seq_len, bad_rows)
-        self.plain = _plain_encoder(tokenizer)  # what looks like a special token in a document is text
+        self.plain = plain_encoder(tokenizer)  # what looks like a special token in a document is text
         self.mark = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
     def encode_row(self, row, where, draw_key, report):
@@ -159,7 +159,7 @@ class SFTEncoder(RowEncoder):
         draws = random.Random(f"{self.seed}:{draw_key}")
         system, think, which = draws.random(), draws.random(), draws.random()
         if system < self.system_prompt_share and all(message["role"] != "system" for message in messages):
-            first = messages[0]["content"] or ""
+            first = messages[0].get("content") or ""
             prompts = SYSTEM_PROMPTS["zh" if any("\u4e00" <= char <= "\u9fff" for char in first) else "en"]
             messages = [{"role": "system", "content": prompts[int(which * len(prompts))]}, *messages]
         if think < self.empty_think_share:

@@ -147,7 +147,7 @@ def open_or_build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) ->
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, f"no space left for the token cache in {folder.parent}. Free some (two to five "
-                          "bytes a token are needed), or give a folder on another disk as cache_dir") from error
+                          f"bytes a token are needed), or make {folder.parent} a link to a folder on another disk") from error
         raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -199,7 +199,7 @@ def encode_blocks(encoder: Callable[[LineBlock], EncodedBlock], blocks: Iterable
     blocks = iter(blocks)
     first = list(islice(blocks, SERIAL_BLOCKS + 1))
     small = len(first) <= SERIAL_BLOCKS
-    num_proc = num_proc or _num_cores()
+    num_proc = num_proc or num_cores()
     everything = chain(first, blocks)
     encoded = map(encoder, everything) if small or num_proc == 1 else _in_parallel(encoder, everything, num_proc)
     with tqdm(total=total_rows, unit=" rows", desc="text to tokens", disable=small or None) as bar:  # None: no tty
@@ -208,8 +208,9 @@ def encode_blocks(encoder: Callable[[LineBlock], EncodedBlock], blocks: Iterable
             yield block
 
 
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use: fewer than all in a container
+def num_cores() -> int:
+    """Cores that this process may use: fewer than all in a container."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

@@ -154,7 +154,7 @@ def run_tool(name: str, arguments: dict) -> str:
         return json.dumps({"error": f"{name} takes exactly: {', '.join(wanted)}"}, ensure_ascii=False)
     try:
         return json.dumps(run_one(name, arguments), ensure_ascii=False)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # by zero, or too large for a float
         return json.dumps({"error": str(error)}, ensure_ascii=False)
 
 

@@ -4,7 +4,7 @@
     python dataset/toy_world.py --level full --out_dir dataset/toy_full --seed 0
 
 Each stage gets `<stage>_train.jsonl` and `<stage>_heldout.jsonl`: pretrain, sft, lora, reason, dpo, rl, agent
-(formats: dataset.md). `meta.json` names level, seed, format version and the rows of every file.
+(formats: dataset.md). `meta.json` names level, seed, a hash of these sources and the rows of every file.
 
 What "held out" means: a stable hash of a canonical key decides, 15% of all keys, for every seed alike (see
 toy_core.py). No training file, the pretraining text included, contains a held-out pair of operands, list to
@@ -19,6 +19,7 @@ Three exceptions are by intention and must be known when figures are read:
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -43,7 +44,8 @@ __all__ = [
     "Question", "World", "accuracy_table", "ask", "format_table", "heldout_questions", "make_world", "run_tool", "score",
 ]  # fmt: skip
 
-FORMAT_VERSION = 1
+# What decides a world besides its level and seed: after any change of the generators old folders are written again.
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("toy_*.py")))).hexdigest()[:12]
 SPLITS = ("train", "heldout")
 STAGES = ("pretrain", "sft", "lora", "reason", "dpo", "rl", "agent")
 REASON_SKILLS = ("arithmetic", "comparison", "sorting", "counting", "dates", "word_problems")
@@ -252,7 +254,7 @@ def is_complete(folder: Path, level: str, seed: int) -> bool:
     if not meta_path.is_file():
         raise ValueError(f"{folder} is not empty and was not written by this script. Choose another --out_dir.")
     meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    wanted = {"level": level, "seed": seed, "format_version": FORMAT_VERSION}
+    wanted = {"level": level, "seed": seed, "sources": SOURCES}
     if any(meta.get(key) != value for key, value in wanted.items()):
         return False
     paths = {folder / name: entry["bytes"] for name, entry in meta["files"].items()}
@@ -262,7 +264,7 @@ def is_complete(folder: Path, level: str, seed: int) -> bool:
 def write_world(level: str, out_dir: str | Path, seed: int = 0) -> bool:
     """Writes a world into `out_dir`, all or nothing; False (and no change) if it is there already.
 
-    A folder of this script with another level or seed is replaced; any other non-empty folder is a ValueError.
+    A folder of this script with another level, seed or generator is replaced; any other non-empty folder is a ValueError.
     """
     folder = Path(out_dir).resolve()
     if is_complete(folder, level, seed):
@@ -271,7 +273,7 @@ def write_world(level: str, out_dir: str | Path, seed: int = 0) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        meta = {"level": level, "seed": seed, "format_version": FORMAT_VERSION, "files": write_files(world, draft)}
+        meta = {"level": level, "seed": seed, "sources": SOURCES, "files": write_files(world, draft)}
         (draft / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         draft.chmod(0o755)
         if folder.exists():
@@ -297,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, entry in meta["files"].items():
         print(f"{name:<24} {entry['rows']:>8} rows {entry['bytes'] / 1e6:>8.2f} MB")
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 

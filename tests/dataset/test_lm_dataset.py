@@ -168,6 +168,12 @@ def test_system_prompts_go_to_a_share_of_the_rows_without_one(sft, tokenizer):
     assert targets_of(tokenizer, dataset, with_prompt[0]) == "4.<|im_end|>"
 
 
+def test_a_first_message_without_content_gets_a_system_prompt_too(sft, tokenizer):
+    call = {"role": "assistant", "tool_calls": [{"name": "now", "arguments": {}}]}
+    text = text_of(tokenizer, sft([{"conversations": [call]}], system_prompt_share=1.0), 0)
+    assert text.startswith("<|im_start|>system\n") and '"now"' in text
+
+
 def test_empty_think_blocks_stand_before_a_share_of_the_answers(sft, tokenizer):
     rows = [chat(f"Question {i}?") for i in range(100)] + [chat(reasoning_content="Two pairs.")] * 20
     rows += [chat(answer="<think>\nTwo pairs.\n</think>\n\n4.")] * 20
@@ -380,9 +386,9 @@ def test_the_command_inspects_a_file(tmp_path, capsys):
     for rows, mark in (([chat()], "⟦4.<|im_end|>⟧"), ([{"text": "hi"}], "<|endoftext|>⟦hi<|endoftext|>⟧")):
         path = write(tmp_path / "rows.jsonl", rows)
         inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache"), "--json",
-                           str(tmp_path / "figures.json")])
+                           str(tmp_path / "new" / "figures.json")])
         assert mark in capsys.readouterr().out
-        assert json.loads((tmp_path / "figures.json").read_text())["rows_read"] == 1
+        assert json.loads((tmp_path / "new" / "figures.json").read_text())["rows_read"] == 1
     write(path, [{"text": "hi"}, {"text": None}])
     with pytest.raises(SystemExit, match=r'^error: .*rows\.jsonl:2: "text" is of type'):
         inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache")])

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from dataset import toy_world
 from dataset.toy_core import LEVELS, apply, is_heldout, op_key, split_of
@@ -88,9 +89,9 @@ def test_bytes_do_not_depend_on_the_hash_seed_of_the_process(small, tmp_path):
 
 def test_rerun_does_nothing_and_damage_is_repaired(small, tmp_path, capsys):
     folder = tmp_path / "w"
-    toy_world.main(["--level", "mini", "--out_dir", str(folder), "--json", str(tmp_path / "figures.json")])
+    toy_world.main(["--level", "mini", "--out_dir", str(folder), "--json", str(tmp_path / "new" / "figures.json")])
     assert "written" in capsys.readouterr().out
-    assert json.loads((tmp_path / "figures.json").read_text())["files"] == json.loads((folder / "meta.json").read_text())["files"]
+    assert (tmp_path / "new" / "figures.json").read_bytes() == (folder / "meta.json").read_bytes()
     before = (folder / "sft_train.jsonl").stat().st_mtime_ns
     toy_world.main(["--level", "mini", "--out_dir", str(folder)])
     assert "nothing to do" in capsys.readouterr().out
@@ -99,6 +100,12 @@ def test_rerun_does_nothing_and_damage_is_repaired(small, tmp_path, capsys):
     assert write_world("mini", folder, 0)
     assert (folder / "sft_train.jsonl").stat().st_size > 10_000
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_world_of_other_generators_is_written_again(small, tmp_path, monkeypatch):
+    assert write_world("mini", tmp_path / "w", 0) and not write_world("mini", tmp_path / "w", 0)
+    monkeypatch.setattr(toy_world, "SOURCES", "of tomorrow")
+    assert write_world("mini", tmp_path / "w", 0) and not write_world("mini", tmp_path / "w", 0)
 
 
 def test_refuses_a_folder_that_is_not_ours(tmp_path):
@@ -309,8 +316,9 @@ def test_full_is_as_large_as_promised():
     assert level.max_sum == 999 and level.max_factor == 12 and len(level.tools) >= 6
     steps = {len(EQUATION.findall(item.turns[0].reply)) for item in world.items("t", "word_problems", "train", 200)}
     assert {2, 3, 4, 5} <= steps
-    tables = [item.turns[0].question.count("\n") for item in world.items("t", "lookup", "train", 60)]
-    assert max(tables) >= 150  # a line is at least 7 tokens: a name, ": ", three digits, a line break
+    tokenizer = Tokenizer.from_file(str(toy_world.ROOT / "model" / "tokenizer.json"))
+    longest = max((item.turns[0].question for item in world.items("t", "lookup", "train", 60)), key=len)
+    assert len(tokenizer.encode(longest).ids) > 1000
     rng = random.Random(0)
     sums = [world.makers["arithmetic"](rng, "en") for _ in range(2000)]
     operands = [tuple(map(int, re.findall(r"\d+", item.turns[0].question))) for item in sums]
