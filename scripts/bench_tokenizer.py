@@ -9,7 +9,6 @@ mean shorter sequences; more entries mean a larger embedding and a slower output
 """
 
 import base64
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +20,15 @@ sys.path.insert(0, str(ROOT))
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from trainer.arguments import arg, parse_args
-from trainer.train_tokenizer import QWEN2_PATTERN, TOY, held_out_counts
+from trainer.arguments import arg, command, parse_args
+from trainer.record import write_json
+from trainer.train_tokenizer import QWEN2_PATTERN, held_out_counts, toy_paths
 
 
 @dataclass
 class BenchArgs:
     data_path: list[str] = arg(
-        [str(TOY / "pretrain_train.jsonl"), str(TOY / "sft_train.jsonl")],
-        "files of text or conversations rows (.jsonl, .jsonl.gz, .jsonl.xz)",
-        nargs="+",
-    )
+        [], "files of text or conversations rows (.jsonl, .jsonl.gz, .jsonl.xz; default: the toy world)", nargs="+")
     tokenizer: list[str] = arg(
         [],
         "others to compare, NAME=PATH: a tokenizer.json, a folder with one or with GPT-2's two files, a .tiktoken file",
@@ -107,12 +104,13 @@ def iter_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 def main(argv=None):
     args = parse_args(BenchArgs, argv)
+    data_path = args.data_path or toy_paths()
     paths = {"minimind": str(ROOT / "model"), **dict(item.split("=", 1) for item in args.tokenizer)}
     print("| tokenizer | entries | language | rows | characters per token | bytes per token |\n|---|---|---|---|---|---|")
     figures = []
     for name, path in paths.items():
         tokenizer = load_tokenizer(path)
-        for lang, count in sorted(held_out_counts(args.data_path, tokenizer).items(), reverse=True):
+        for lang, count in sorted(held_out_counts(data_path, tokenizer).items(), reverse=True):
             figure = {"tokenizer": name, "entries": tokenizer.get_vocab_size(), "language": lang, **count}
             figure["characters_per_token"] = count["characters"] / count["tokens"]
             figure["bytes_per_token"] = count["bytes"] / count["tokens"]
@@ -122,8 +120,8 @@ def main(argv=None):
                 f"| {figure['characters_per_token']:.3f} | {figure['bytes_per_token']:.3f} |"
             )
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

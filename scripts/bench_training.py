@@ -8,14 +8,14 @@ Ours is the step of trainer/train_pretrain.py and trainer/train_full_sft.py: pac
 other, the head on target positions alone. Theirs is the standard architecture that our checkpoint folder names (Qwen3,
 Llama, ...), read from such a folder, on the same sequences, padded to the longest of a batch of --reference_batch. Both
 start from the same weights, update once per step with the same AdamW and clipping, and divide the loss by the same
-number of targets, so the losses agree. They take turns in blocks of a few steps: a machine that slows down slows both.
+number of targets, so the losses agree (the loss that balances experts is left out on both sides: ours counts it by document).
+They take turns in blocks of a few steps: a machine that slows down slows both.
 
 Only target tokens count as useful. `limit` is what leaving out the padding can give and nothing else: the positions
 that theirs computes per real token. `of the matrix rate` is the arithmetic of a step, 6 per weight and position and
 12 * layers * heads * head width per pair of positions that see each other, over the rate of one large product.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -34,8 +34,10 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, PackedBatches
 from dataset.toy_world import write_world
 from model.model_minimind import PRESETS
+from scripts.costs import matrix_rate, training_flops, wait_for
 from trainer.arguments import TrainArgs, arg, command, parse_args
 from trainer.optim import build_optimizer
+from trainer.record import write_json
 from trainer.run import Run
 from trainer.weights import load_model
 
@@ -80,11 +82,11 @@ class FirstRows(list):
 
 
 class Ours:
-    """Our step on packed rows."""
+    """Our step on packed rows; `settings` (TrainArgs) name the optimizer, AdamW by default."""
 
-    def __init__(self, model, run, batches):
+    def __init__(self, model, run, batches, settings=None):
         self.model, self.run, self.batches, self.net = model, run, batches, run.wrap(model)
-        self.optimizer = build_optimizer(model, TrainArgs())
+        self.optimizer = build_optimizer(model, settings or TrainArgs())
 
     def step(self, step):
         """One update; returns its loss."""
@@ -161,93 +163,6 @@ def count_targets(micro_batches):
     return sum(int((micro["labels"] != IGNORE).sum()) for micro in micro_batches)
 
 
-def active_width(config):
-    """Feed-forward channels that a token visits, over all of its experts."""
-    if not config.num_experts:
-        return config.intermediate_size
-    return config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
-
-
-def active_weights(config):
-    """(weights of the layers' matrices that a token visits, weights of the head)."""
-    D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    layer = D * (2 * H + 2 * K) * d + D * (3 * active_width(config) + config.num_experts)
-    return config.num_hidden_layers * layer, config.vocab_size * D
-
-
-def training_flops(config, positions, head_positions, pairs):
-    """Floating-point operations of forward and backward.
-
-    A weight is one multiplication and one addition per position in the forward and twice that in the backward: 6. A
-    pair of positions is a query-key and a weight-value product of head_dim in each head, in each direction: 12.
-    """
-    body, head = active_weights(config)
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6 * (body * positions + head * head_positions) + attention * pairs
-
-
-def elementwise_bytes(config, positions, targets):
-    """Bytes that the operations between the matrix products read and write in forward and backward, roughly.
-
-    Counted in passes over a float32 tensor: 14 for a norm, 18 for rotary positions, 14 for the gate, 4 for a residual
-    sum, 12 for the cross-entropy. Only the proportions matter: the rate is measured.
-    """
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = 2 * (14 + 4) * config.hidden_size + (18 + 14 * config.qk_norm) * heads + 14 * active_width(config)
-    if config.num_experts:  # rows are gathered, scattered and weighted
-        layer += 9 * config.num_experts_per_tok * config.hidden_size
-    return 4 * (positions * config.num_hidden_layers * layer + targets * 12 * config.vocab_size)
-
-
-def memory_bytes(config, params, positions, dtype):
-    """Bytes for a step: weights, gradients, two AdamW states, what backward needs of `positions`, and the logits.
-
-    16 per parameter, 2 more where autocast keeps a copy. Per position and layer, in float32: the residual stream twice,
-    and what the two norms keep, nine widths; in the type of the products: query, key and value before and after rotation,
-    attention's output, four feed-forward widths. Logits, their log-softmax and two gradients of them: 16 per entry.
-    """
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * (4 if config.qk_norm else 3)
-    width = 4 if dtype == torch.float32 else 2
-    layer = 44 * config.hidden_size + width * (heads + 4 * active_width(config))
-    if config.num_experts:  # rows sorted by expert, and what the experts return
-        layer += width * 3 * config.num_experts_per_tok * config.hidden_size
-    weights = params * (16 if dtype == torch.float32 else 18)
-    return weights + positions * (config.num_hidden_layers * layer + 16 * config.vocab_size)
-
-
-def matrix_rate(device, dtype, size=None, seconds=0.3):
-    """Floating-point operations per second of a large matrix product, without its first call."""
-    size = size or (8192 if device.type == "cuda" else 1024)
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    torch.mm(left, right)
-    wait_for(device)
-    start, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - start < seconds:
-        torch.mm(left, right)
-        wait_for(device)
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - start)
-
-
-def copy_rate(device, seconds):
-    """Bytes per second read plus written by a large copy."""
-    source = torch.ones(2**26 if device.type == "cuda" else 2**24, device=device)
-    target = source.clone()
-    wait_for(device)
-    start, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - start < seconds:
-        target.copy_(source)
-        wait_for(device)
-        count += 1
-    return 2 * source.numel() * 4 * count / (time.perf_counter() - start)
-
-
-def wait_for(device):
-    """Until the device has done what it was given: its work runs beside Python's."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(side, steps, device):
     """Seconds that `side` takes for `steps`, and their losses."""
     wait_for(device)
@@ -262,6 +177,7 @@ def measure(preset, args, paths):
     settings = TrainArgs(preset=preset, device=args.device, dtype=args.dtype, use_compile=args.use_compile, seed=args.seed)
     run = Run(settings)
     model, tokenizer = load_model(settings, run.device)
+    model.config.router_aux_loss_coef = 0.0  # what theirs is loaded from says the same
     dataset = STAGES[args.stage](paths, tokenizer, args.max_seq_len)
     if args.rows:
         dataset = FirstRows(dataset[index] for index in range(min(args.rows, len(dataset))))
@@ -319,7 +235,7 @@ def main(argv=None):
           f"{args.max_seq_len}: {f['sequences']:,} sequences, {f['real_tokens']:,} tokens, {f['targets']:,} targets, "
           f"{f['our_positions']:,} positions packed and {f['their_positions']:,} padded")
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

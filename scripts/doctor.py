@@ -7,12 +7,13 @@
 The estimate is a model with four measured constants: the rate of a large matrix product, the rate of a large copy, and,
 from real optimizer steps of the `tiny` preset at two sizes, what everything between the matrix products costs and what a
 step costs before it computes anything. A preset's time is then its arithmetic (6 * active weights * tokens + attention)
-and its elementwise traffic at those rates. Other work on the machine makes both measurement and training slower.
+and its elementwise traffic at those rates, with AdamW. What the quick start will take on a CPU is measured with real steps
+of its own plan. Other work on the machine makes both measurement and training slower.
 """
 
-import json
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -29,16 +30,20 @@ sys.path.insert(0, str(ROOT))
 try:
     import torch
     import torch.nn.functional as F
-    from packaging.requirements import Requirement
-    from packaging.version import Version
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from dataset.packing import PackedBatches
+    from dataset.token_cache import num_cores
     from dataset.toy_world import write_world
     from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
     from scripts import bench_training as bench
+    from scripts import costs, quickstart
+    from scripts.costs import Rates
     from trainer.arguments import TrainArgs, arg, command, parse_args
-    from trainer.run import DTYPES, Run, num_cores
+    from trainer.record import write_json
+    from trainer.run import DTYPES, Run
+    from trainer.train_full_sft import SFTArgs
+    from trainer.train_pretrain import PretrainArgs
     from trainer.weights import load_model
 except ImportError as error:
     sys.exit(f"error: {error}\nInstall what the project needs, into an environment of its own: bash scripts/quickstart.sh does "
@@ -47,7 +52,7 @@ except ImportError as error:
 GIB = 2**30
 ROWS, LENGTH = 8, 512  # of the micro-batch that is estimated: the defaults of --batch_size and --max_seq_len
 TARGET_SHARE = {"pretrain": 1.0, "sft": 0.6}  # of the tokens; chats are mostly answers
-TOY_PASSES = {"pretrain": 1, "sft": 2}  # of scripts/quickstart.py on a CPU
+PIN = re.compile(r'([\w-]+)==([\w.]+)(?:; python_version (>=|<) "3\.(\d+)")?')  # a line of requirements.txt
 
 
 @dataclass
@@ -71,18 +76,17 @@ def packages(problems):
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith(("#", "-")):
             continue
-        wanted = Requirement(line)
-        if wanted.marker and not wanted.marker.evaluate():
+        name, pinned, relation, minor = PIN.fullmatch(line.strip()).groups()
+        if relation and (sys.version_info >= (3, int(minor))) != (relation == ">="):
             continue
         try:
-            found[wanted.name] = metadata.version(wanted.name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            problems.append(f"{wanted.name} is missing: python -m pip install '{line}'")
-        else:
-            if wanted.specifier.contains(Version(found[wanted.name]).public, prereleases=True):
-                continue
-            problems.append(f"{wanted.name} {found[wanted.name]} is not the pinned {wanted.specifier}, with which the published "
-                            f"figures were measured: python -m pip install '{line}'")
+            problems.append(f"{name} is missing: python -m pip install {name}=={pinned}")
+            continue
+        if found[name].partition("+")[0] != pinned:  # after a plus: for which GPU it was built
+            problems.append(f"{name} {found[name]} is not the pinned {pinned}, with which the published figures were measured: "
+                            f"python -m pip install {name}=={pinned}")
     return found
 
 
@@ -152,46 +156,29 @@ def compiler(device, problems):
     return found or "incomplete"
 
 
-@dataclass
-class Rates:
-    """The four constants of the estimate: operations and bytes per second, seconds per step and layer."""
-
-    matrix: float
-    copy: float
-    elementwise: float
-    step_per_layer: float = 0.0
-
-    def seconds(self, config, params, device, positions, targets, pairs):
-        """Seconds of an optimizer step; on a GPU launching its kernels and computing go on side by side."""
-        launch = self.step_per_layer * config.num_hidden_layers
-        update = params * 40 / self.copy  # AdamW reads 4 floats and writes 3, clipping reads one and writes two
-        compute = bench.training_flops(config, positions, targets, pairs) / self.matrix
-        compute += bench.elementwise_bytes(config, positions, targets) / self.elementwise + update
-        return max(launch, compute) if device.type == "cuda" else launch + compute
-
-
-def measure_steps(preset, dataset, device, rows, seconds):
-    """Median seconds of a real step of `rows` packed rows, and its (positions, targets, pairs)."""
-    settings = TrainArgs(preset=preset, device=str(device))
-    model, tokenizer = load_model(settings, device)
-    batches = PackedBatches(dataset, batch_size=rows, accumulation_steps=1, max_seq_len=LENGTH, seed=0, epochs=1,
-                            pad_id=tokenizer.pad_token_id)
-    ours = bench.Ours(model, Run(settings), batches)
+def measure_steps(settings, dataset, seconds):
+    """Of a run with these TrainArgs: median seconds of a real step, its mean (positions, targets, pairs), number of steps."""
+    run = Run(settings)
+    model, tokenizer = load_model(settings, run.device)
+    batches = PackedBatches(dataset, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps, seed=0,
+                            max_seq_len=settings.max_seq_len, epochs=settings.epochs, pad_id=tokenizer.pad_token_id)
+    ours = bench.Ours(model, run, batches, settings)
     ours.step(0)
     times, work = [], []
     while len(times) < 3 or (sum(times) < seconds and len(times) + 1 < len(batches)):
         step = len(times) + 1
-        times.append(bench.timed(ours, [step], device)[0])
+        times.append(bench.timed(ours, [step], run.device)[0])
         work.append(ours.work(step))
-    return median(times), [sum(column) / len(work) for column in zip(*work)]
+    return median(times), [sum(column) / len(work) for column in zip(*work)], len(batches)
 
 
 def calibrate(dataset, device, rates, seconds):
     """Rates from real steps of `tiny` on ROWS rows and on one: the difference is work, the rest is per step."""
     config, params = shape("tiny")
-    (large, work), (small, one) = (measure_steps("tiny", dataset, device, rows, seconds / 2) for rows in (ROWS, 1))
-    more_bytes = bench.elementwise_bytes(config, *work[:2]) - bench.elementwise_bytes(config, *one[:2])
-    more_flops = bench.training_flops(config, *work) - bench.training_flops(config, *one)
+    both = (TrainArgs(preset="tiny", device=str(device), batch_size=rows, max_seq_len=LENGTH) for rows in (ROWS, 1))
+    (large, work, _), (small, one, _) = (measure_steps(settings, dataset, seconds / 2) for settings in both)
+    more_bytes = costs.elementwise_bytes(config, *work[:2]) - costs.elementwise_bytes(config, *one[:2])
+    more_flops = costs.training_flops(config, *work) - costs.training_flops(config, *one)
     spent = large - small - more_flops / rates["matrix"]
     elementwise = more_bytes / max(spent, more_bytes / rates["copy"])  # never faster than a copy
     found = Rates(**rates, elementwise=elementwise)
@@ -210,7 +197,7 @@ def shape(preset):
 def estimate(preset, rates, budgets, device, dtype, free):
     """One row of the table: parameters, memory of a step, and hours for each stage's `budgets` of tokens."""
     (config, params), positions = shape(preset), ROWS * LENGTH
-    memory = bench.memory_bytes(config, params, positions, dtype)
+    memory = costs.memory_bytes(config, params, positions, dtype)
     fits = None if free is None else memory < 0.9 * free
     row = {"preset": preset, "parameters": params, "memory_gib": memory / GIB, "fits": fits}
     for stage, tokens in budgets.items():
@@ -220,16 +207,17 @@ def estimate(preset, rates, budgets, device, dtype, free):
     return row
 
 
-def quick_start(datasets, rates, device):
-    """{stage: seconds} of the toy world with `tiny`, by the rows that it really has."""
-    seconds = {}
-    for stage, dataset in datasets.items():
-        positions, share = ROWS * LENGTH, 1.0 if stage == "pretrain" else 0.35  # its answers are short
-        steps = dataset.lengths.sum() / positions
-        pairs = (dataset.lengths**2).sum() / 2 / steps
-        step = rates.seconds(*shape("tiny"), device, positions, share * positions, pairs)
-        seconds[stage] = TOY_PASSES[stage] * float(steps * step)
-    return seconds
+def quick_start(tokenizer, seconds):
+    """{stage: seconds} that scripts/quickstart.py trains on a CPU: a real step of its plan, times the number of steps."""
+    plan, found = quickstart.CPU, {}
+    folder = ROOT / "dataset" / f"toy_{plan['level']}"
+    write_world(plan["level"], folder)
+    for stage, kind in (("pretrain", PretrainArgs), ("sft", SFTArgs)):
+        settings = parse_args(kind, ["--preset", plan["preset"], "--device", "cpu", "--from_weight", "none", *plan[stage]])
+        dataset = bench.STAGES[stage]([str(folder / f"{stage}_train.jsonl")], tokenizer, settings.max_seq_len)
+        step, _, count = measure_steps(settings, dataset, seconds / 2)
+        found[stage] = step * count
+    return found
 
 
 def describe(figures):
@@ -275,9 +263,10 @@ def print_estimates(figures, args):
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
         print(f"{row['preset']:<16} {row['parameters'] / 1e6:>9.1f}M {row['memory_gib']:>5.1f} GiB {fits:>5} "
               f"{stages[0]:>26} {stages[1]:>26}")
-    toy = figures["quick_start_seconds"]
-    print(f"\nOne micro-batch of {ROWS} rows of {LENGTH} tokens a step; tokens/s count every token. The toy world with tiny: "
-          f"pretraining {duration(toy['pretrain'] / 3600)}, fine-tuning {duration(toy['sft'] / 3600)}.")
+    print(f"\nOne micro-batch of {ROWS} rows of {LENGTH} tokens a step, AdamW; tokens/s count every token.")
+    if toy := figures["quick_start_seconds"]:
+        print(f"The quick start on this CPU trains for {duration(toy['pretrain'] / 3600)} (pretraining) and "
+              f"{duration(toy['sft'] / 3600)} (fine-tuning).")
     if any(row["fits"] is False for row in figures["presets"]):
         print("What does not fit may with a smaller --batch_size: all but 16 bytes a parameter shrinks with it.")
 
@@ -287,7 +276,7 @@ def main(argv=None):
     run = Run(TrainArgs(device=args.device))
     device, problems = run.device, []
     free = free_memory(device)
-    speeds = {name: bench.matrix_rate(device, dtype, seconds=0.08 * args.seconds) for name, dtype in DTYPES.items()}
+    speeds = {name: costs.matrix_rate(device, dtype, seconds=0.08 * args.seconds) for name, dtype in DTYPES.items()}
     figures = {
         "packages": packages(problems), "cpu": cpu_name(), "cores": num_cores(), "gpu": gpu_name(device), "device": str(device),
         "dtype": str(run.dtype).removeprefix("torch."), "flops_per_s": speeds,
@@ -300,16 +289,17 @@ def main(argv=None):
 
     write_world("mini", bench.TOY)
     tokenizer = load_model(TrainArgs(preset="tiny", device="cpu"), torch.device("cpu"))[1]
-    datasets = {stage: cls([str(bench.TOY / f"{stage}_train.jsonl")], tokenizer, LENGTH) for stage, cls in bench.STAGES.items()}
-    measured = {"matrix": speeds[figures["dtype"]], "copy": bench.copy_rate(device, 0.05 * args.seconds)}
-    rates = calibrate(datasets["pretrain"], device, measured, 0.6 * args.seconds)
+    dataset = bench.STAGES["pretrain"]([str(bench.TOY / "pretrain_train.jsonl")], tokenizer, LENGTH)
+    measured = {"matrix": speeds[figures["dtype"]], "copy": costs.copy_rate(device, 0.05 * args.seconds)}
+    rates = calibrate(dataset, device, measured, 0.4 * args.seconds)
     budgets = {"pretrain": args.tokens, "sft": args.sft_tokens}
     figures |= {
-        "rates": vars(rates), "problems": problems, "quick_start_seconds": quick_start(datasets, rates, device),
+        "rates": vars(rates), "problems": problems,
+        "quick_start_seconds": quick_start(tokenizer, 0.2 * args.seconds) if device.type == "cpu" else {},
         "presets": [estimate(name, rates, budgets, device, run.dtype, free) for name in PRESETS]}
     print_estimates(figures, args)
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

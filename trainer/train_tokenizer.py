@@ -170,7 +170,6 @@ def train(texts: list[str], vocab_size: int) -> dict:
 def save(content: dict, save_dir: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, ready for AutoTokenizer."""
     save_dir.mkdir(parents=True, exist_ok=True)
-    write_json(save_dir / "tokenizer.json", content)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
@@ -182,7 +181,9 @@ def save(content: dict, save_dir: Path) -> None:
         "pad_token": "<|endoftext|>",
         "unk_token": None,
     }
-    write_json(save_dir / "tokenizer_config.json", settings)
+    for name, value in {"tokenizer.json": content, "tokenizer_config.json": settings}.items():
+        text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+        (save_dir / name).write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
     template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8")
     (save_dir / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 

@@ -5,7 +5,7 @@ import torch
 
 from dataset.packing import PackedBatches
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from scripts.bench_training import FirstRows, Ours, Theirs, active_weights, main, matrix_rate, pad, training_flops
+from scripts.bench_training import FirstRows, Ours, Theirs, main, pad
 from trainer.arguments import TrainArgs
 from trainer.run import Run
 
@@ -67,25 +67,6 @@ def test_pad():
     assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"num_experts": 4, "num_experts_per_tok": 4}])
-def test_weights_are_those_of_the_network(changes):
-    """With every expert visited, the active weights are all matrices of the network."""
-    config = MiniMindConfig(**SHAPE, **changes)
-    matrices = sum(x.numel() for x in MiniMindForCausalLM(config).parameters() if x.dim() >= 2)
-    assert sum(active_weights(config)) == matrices
-
-
-def test_flops_by_hand():
-    config = MiniMindConfig(vocab_size=10, hidden_size=4, num_hidden_layers=1, intermediate_size=6, num_attention_heads=2,
-                            num_key_value_heads=1)
-    body = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6
-    assert training_flops(config, 100, 30, 5) == 6 * (100 * body + 30 * 40) + 12 * 5 * 4
-
-
-def test_matrix_rate_is_a_rate():
-    assert 1e6 < matrix_rate(torch.device("cpu"), torch.float32, size=64, seconds=0.01) < 1e15
-
-
 @pytest.fixture
 def short_rate(monkeypatch):
     monkeypatch.setattr("scripts.bench_training.matrix_rate", lambda device, dtype: 1e11)
@@ -110,6 +91,17 @@ def test_command(chats, short_rate, tmp_path, capsys):
     assert figure["ratio"] == pytest.approx(figure["our_targets_per_s"] / figure["their_targets_per_s"])
     assert figure["our_positions"] == 3 * 128 and 0 < figure["targets"] < figure["real_tokens"]
     assert "| tiny | sft | Qwen3ForCausalLM |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("qk_norm, name", [(True, "Qwen3MoeForCausalLM"), (False, "GraniteMoeSharedForCausalLM")])
+def test_mixtures_of_experts_have_the_same_losses(chats, short_rate, tmp_path, monkeypatch, qk_norm, name):
+    shape = {**SHAPE, "vocab_size": 6400, "qk_norm": qk_norm, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    monkeypatch.setattr("trainer.weights.config_from_args", lambda args, device, vocab_size: MiniMindConfig(**shape))
+    out = tmp_path / "new" / "figures.json"
+    main(["--preset", "minimind-3-moe", "--data_path", chats, "--steps", "3", "--warmup", "0", "--batch_size", "1",
+          "--max_seq_len", "128", "--reference_batch", "2", "--device", "cpu", "--json", str(out)])
+    (figure,) = json.loads(out.read_text(encoding="utf-8"))
+    assert figure["reference"] == name and figure["our_losses"] == pytest.approx(figure["their_losses"], abs=1e-4)
 
 
 def test_errors(chats, capsys):

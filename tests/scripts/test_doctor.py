@@ -10,7 +10,8 @@ import torch
 
 from model.model_minimind import PRESETS, MiniMindForCausalLM
 from scripts import bench_training as bench
-from scripts import doctor
+from scripts import costs, doctor
+from trainer.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -28,14 +29,14 @@ def small_world(monkeypatch):
 
     monkeypatch.setattr(doctor, "write_world", lambda level, folder: None)
     monkeypatch.setattr(bench, "STAGES", {"pretrain": dataset, "sft": dataset})
-    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype, seconds: 1e11)
-    monkeypatch.setattr(bench, "copy_rate", lambda device, seconds: 1e10)
+    monkeypatch.setattr(costs, "matrix_rate", lambda device, dtype, seconds: 1e11)
+    monkeypatch.setattr(costs, "copy_rate", lambda device, seconds: 1e10)
     monkeypatch.setattr(doctor, "LENGTH", 128)
     monkeypatch.setattr(doctor, "ROWS", 2)
 
 
 def test_command(small_world, tmp_path, capsys):
-    out = tmp_path / "doctor.json"
+    out = tmp_path / "new" / "doctor.json"
     doctor.main(["--seconds", "0.1", "--tokens", "1000000", "--device", "cpu", "--json", str(out)])
     figures = json.loads(out.read_text(encoding="utf-8"))
     rows = {row["preset"]: row for row in figures["presets"]}
@@ -59,7 +60,7 @@ def test_missing_and_other_versions_are_named(monkeypatch):
     problems = []
     found = doctor.packages(problems)
     assert found["torch"] == "2.13.0+cpu" and not any(problem.startswith("torch ") for problem in problems)
-    assert any(problem.startswith("tqdm is missing: python -m pip install 'tqdm==") for problem in problems)
+    assert any(problem.startswith("tqdm is missing: python -m pip install tqdm==") for problem in problems)
     assert any(problem.startswith("numpy 1.0 is not the pinned") for problem in problems)
     assert sum(problem.startswith("transformers ") for problem in problems) == 1  # the other Python's pin is not ours
 
@@ -92,11 +93,11 @@ def test_estimate_by_hand():
     config, params = doctor.shape("tiny")
     step = dict(positions=1000, targets=500, pairs=9000)
     never = float("inf")
-    flops = bench.training_flops(config, 1000, 500, 9000)
+    flops = costs.training_flops(config, 1000, 500, 9000)
     assert doctor.Rates(1e9, never, never).seconds(config, params, CPU, **step) == pytest.approx(flops / 1e9)
     assert doctor.Rates(never, 1e9, never).seconds(config, params, CPU, **step) == pytest.approx(params * 40 / 1e9)
     assert doctor.Rates(never, never, never, 0.5).seconds(config, params, CPU, **step) == pytest.approx(2.0)
-    moved = bench.elementwise_bytes(config, 1000, 500)
+    moved = costs.elementwise_bytes(config, 1000, 500)
     assert doctor.Rates(never, never, 1e9).seconds(config, params, CPU, **step) == pytest.approx(moved / 1e9)
     both = doctor.Rates(1e9, never, never, 0.001)
     assert both.seconds(config, params, SimpleNamespace(type="cuda"), **step) == pytest.approx(flops / 1e9)
@@ -106,19 +107,43 @@ def test_calibration_gives_back_the_measured_steps(monkeypatch):
     """The estimate of tiny, at the sizes that were measured, is the measurement."""
     config, params = doctor.shape("tiny")
     sizes = {8: (4096, 4000, 90000), 1: (512, 500, 9000)}
-    monkeypatch.setattr(doctor, "measure_steps", lambda preset, data, device, rows, s: ({8: 1.5, 1: 0.3}[rows], sizes[rows]))
+    steps = {rows: (seconds, sizes[rows], 9) for rows, seconds in {8: 1.5, 1: 0.3}.items()}
+    monkeypatch.setattr(doctor, "measure_steps", lambda settings, dataset, seconds: steps[settings.batch_size])
     rates = doctor.calibrate(None, CPU, {"matrix": 1e11, "copy": 1e10}, 1.0)
     assert rates.seconds(config, params, CPU, *sizes[8]) == pytest.approx(1.5)
     assert rates.seconds(config, params, CPU, *sizes[1]) == pytest.approx(0.3)
 
 
+def test_quick_start_is_timed_by_its_own_plan(small_world, monkeypatch):
+    """Seconds of a step times the steps of all epochs, at the plan's preset, optimizer and batch size."""
+    plan = {"level": "mini", "preset": "tiny", "pretrain": ["--optimizer", "muon", "--batch_size", "3"],
+            "sft": ["--learning_rate", "2e-3", "--batch_size", "2", "--epochs", "2"]}
+    monkeypatch.setattr(doctor.quickstart, "CPU", plan)
+    seen, measure = [], doctor.measure_steps
+
+    def spy(settings, dataset, seconds):
+        seen.append(settings)
+        return 0.5, *measure(settings, dataset, seconds)[1:]
+
+    monkeypatch.setattr(doctor, "measure_steps", spy)
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    assert doctor.quick_start(tokenizer, 0.01) == {"pretrain": 4 * 0.5, "sft": 2 * 6 * 0.5}  # 60 rows of 100 are 12 packed ones
+    assert [(s.preset, s.optimizer, s.batch_size, s.epochs) for s in seen] == [("tiny", "muon", 3, 1), ("tiny", "adamw", 2, 2)]
+
+
+def test_the_plan_of_the_quick_start_can_be_read():
+    """Flags that the stages do not know, or values out of range, would end the program."""
+    for stage, kind in (("pretrain", doctor.PretrainArgs), ("sft", doctor.SFTArgs)):
+        assert parse_args(kind, doctor.quickstart.CPU[stage]).batch_size > 0
+
+
 def test_memory_counts_weights_activations_and_logits():
     config, params = doctor.shape("tiny")
-    empty = bench.memory_bytes(config, params, 0, torch.float32)
+    empty = costs.memory_bytes(config, params, 0, torch.float32)
     assert empty == 16 * params
-    per_position = bench.memory_bytes(config, params, 1, torch.float32) - empty
+    per_position = costs.memory_bytes(config, params, 1, torch.float32) - empty
     assert per_position > 16 * config.vocab_size
-    assert bench.memory_bytes(config, params, 1, torch.bfloat16) - 18 * params < per_position
+    assert costs.memory_bytes(config, params, 1, torch.bfloat16) - 18 * params < per_position
 
 
 def test_what_does_not_fit():
