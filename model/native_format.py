@@ -210,7 +210,7 @@ def write_folder(model, folder, state=None):
         for name in ("model_minimind.py", "native_format.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
     replace_file(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n"))
+    replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     generation = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": config["pad_token_id"]}
     replace_file(folder / "generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n"))
 

@@ -70,8 +70,8 @@ def score(folder, args, plan):
         eval_llm.main(["--weight", str(folder), "--benchmark", "toy", "--toy_level", plan["level"], "--limit", str(args.limit),
                        "--device", args.device, "--json", str(kept)])
     else:
-        print(toy_world.format_table(json.loads(kept.read_text())["rows"]))
-    return json.loads(kept.read_text())["rows"]
+        print(toy_world.format_table(json.loads(kept.read_text(encoding="utf-8"))["rows"]))
+    return json.loads(kept.read_text(encoding="utf-8"))["rows"]
 
 
 def converse(folder, args, plan):

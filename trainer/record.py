@@ -64,7 +64,7 @@ class RunRecord:
 def write_json(path, figures):
     """Write figures to a file, whose folder is made if it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_metrics(path):
