@@ -111,6 +111,28 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path,
     assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(whole / "metrics.jsonl")]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_learns_keeps_float32_weights_and_resumes(dtype, flags, tmp_path):
+    train_pretrain.main(flags(dtype=dtype, max_steps=8, epochs=2, learning_rate=1e-2))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    assert losses(folder)[-1] < 0.9 * losses(folder)[0]
+    assert all(x.dtype == torch.float32 for x in weights(folder).values())
+    expected = weights(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-8")
+    train_pretrain.main([*flags(dtype=dtype, max_steps=8, epochs=2, learning_rate=1e-2), "--from_resume"])
+    assert_same(weights(folder), expected)
+    with pytest.raises(ValueError, match=f"{dtype} on cpu -> float32 on cpu"):
+        train_pretrain.main([*flags(dtype="float32", max_steps=8, epochs=2, learning_rate=1e-2), "--from_resume"])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(flags, tmp_path, monkeypatch):
+    run = train_pretrain.Run
+    monkeypatch.setattr(run, "backward", lambda self, loss: (loss * float("nan")).backward())
+    with pytest.raises(FloatingPointError, match="lower --learning_rate"):
+        train_pretrain.main(flags(max_steps=1))
+    assert not (tmp_path / "out" / NAMES["pretrain"] / "model.safetensors").exists()
+
+
 def test_a_finished_run_is_not_trained_again(flags, tmp_path, monkeypatch):
     train_pretrain.main(flags())
     monkeypatch.delattr(train_pretrain, "learning_rate_at")
