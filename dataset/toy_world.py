@@ -48,6 +48,7 @@ __all__ = [
 SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("toy_*.py")))).hexdigest()[:12]
 SPLITS = ("train", "heldout")
 STAGES = ("pretrain", "sft", "lora", "reason", "dpo", "rl", "agent")
+CHAT_SHARE = 0.2  # of the conversations that are joined into longer ones
 REASON_SKILLS = ("arithmetic", "comparison", "sorting", "counting", "dates", "word_problems")
 RL_SKILLS = ("arithmetic", "comparison", "sorting", "counting", "dates", "units", "word_problems", "lookup")
 DPO_SKILLS = ("preferences", "preferences", "arithmetic", "dates", "facts", "word_problems")
@@ -226,10 +227,25 @@ def stage_rows(world: World, stage: str, split: str) -> Iterator[dict]:
         "dpo": DPO_SKILLS, "rl": RL_SKILLS, "agent": ("tools",),
     }[stage]  # fmt: skip
     rng = random.Random(f"{world.seed}/{stage}/{split}/rows")
+    waiting = []
     for skill in dict.fromkeys(skills):
         rows = level.sft_rows[skill] if stage == "sft" else level.extra_rows[stage] * skills.count(skill) // len(skills)
         for item in world.items(stage, skill, split, int(rows * size)):
-            yield make_row(item, rng)
+            row = make_row(item, rng)
+            if (stage, split) == ("sft", "train") and not item.tools and rng.random() < CHAT_SHARE:
+                waiting.append(row)
+            else:
+                yield row
+    yield from chats(waiting, rng)
+
+
+def chats(rows: list[dict], rng: random.Random) -> Iterator[dict]:
+    """Two to four unrelated conversations after one another: in a chat the next question may be about anything."""
+    rng.shuffle(rows)
+    while rows:
+        parts = [rows.pop() for _ in range(min(rng.randint(2, 4), len(rows)))]
+        messages = [message for part in parts for message in part["conversations"]]
+        yield {"conversations": messages, "skill": "chat", "language": parts[0]["language"]}
 
 
 def write_files(world: World, folder: Path) -> dict[str, dict]:

@@ -275,6 +275,11 @@ def main(argv=None):
     args = parse_args(DoctorArgs, argv)
     run = Run(TrainArgs(device=args.device))
     device, problems = run.device, []
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5 * num_cores():
+        problems.append(f"the machine is busy (load {load:.1f} on {num_cores()} cores): every time below is too long; measure "
+                        "again when it is quiet")
+    print("measuring ...", flush=True)
     free = free_memory(device)
     speeds = {name: costs.matrix_rate(device, dtype, seconds=0.08 * args.seconds) for name, dtype in DTYPES.items()}
     figures = {

@@ -89,7 +89,7 @@ def converse(folder, args, plan):
         language = ("zh", "en")[number % 2]
         question = next(q for q in questions if q.skill == skill and q.language == language)
         right, messages = toy_world.ask(question, reply)
-        print(f"--- {skill}, {'right' if right else 'wrong'}")
+        print(f"--- {skill}, {'right' if right else f'wrong: {question.answer} was expected'}")
         for message in messages:
             for call in message.get("tool_calls") or ():
                 print(f"  assistant: calls {call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})")

@@ -72,6 +72,8 @@ def command(main):
     """
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: what was saved is intact, and a training run goes on with --from_resume")
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:

@@ -31,8 +31,7 @@ class Checkpoint:
     """Saves and restores one run in `folder`.
 
     `args`: the stage's dataclass; `fingerprint`: of the data. Both must be the same when the run is resumed, apart
-    from the flags that `args.FREE` lists. ValueError if the folder holds another run and neither --from_resume nor
-    --overwrite says what to do with it.
+    from the flags that `args.FREE` lists.
     """
 
     def __init__(self, folder, args, run, model, tokenizer, optimizer, fingerprint):
@@ -40,9 +39,6 @@ class Checkpoint:
         self.model, self.tokenizer, self.optimizer, self.scaler = model, tokenizer, optimizer, run.scaler
         self.arithmetic = f"{run.dtype} on {run.device.type}".removeprefix("torch.")
         self.is_resumed = False
-        if self.steps() and not (args.from_resume or args.overwrite):
-            raise ValueError(f"{folder} holds a run, {self.steps()[0][0]} updates long: go on with it (--from_resume), "
-                             "choose another name (--save_weight), or replace it (--overwrite)")
 
     def steps(self):
         """[(updates done, folder)] of the checkpoints that are there, newest first."""

@@ -86,7 +86,7 @@ def finish(folder, args):
     if args.json:
         last = {name: value for row in read_metrics(folder / "metrics.jsonl") for name, value in row.items()}
         write_json(args.json, {"folder": str(folder), **last})
-    print(f"saved {folder}: the weights, loss.png and metrics.jsonl")
+    print(f"done: the weights, loss.png and metrics.jsonl are in {folder}")
 
 
 def plot_curve(folder):

@@ -61,6 +61,7 @@ def main(argv=None):
         write_world("mini", TOY)
         args.data_path = [str(TOY / "sft_train.jsonl")]
     model, tokenizer = load_model(args, run.device)
+    folder = run_folder(args, model.config)
 
     def build(paths):
         return SFTDataset(
@@ -76,7 +77,6 @@ def main(argv=None):
         training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
         seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id)
     optimizer = build_optimizer(model, args)
-    folder = run_folder(args, model.config)
     checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
     first, targets = checkpoint.restore() if args.from_resume else (0, 0)
     net = run.wrap(model)

@@ -82,8 +82,16 @@ def shape_name(config):
 
 
 def run_folder(args, config):
-    """Where this run saves: SAVE_DIR/SAVE_WEIGHT_<preset or size>."""
-    return Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
+    """Where this run saves: SAVE_DIR/SAVE_WEIGHT_<preset or size>.
+
+    ValueError if the folder holds another run and neither --from_resume nor --overwrite says what to do with it.
+    """
+    folder = Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
+    steps = [int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")]
+    if steps and not (args.from_resume or args.overwrite or args.inspect):
+        raise ValueError(f"{folder} holds a run, {max(steps)} updates long: go on with it (--from_resume), "
+                         "choose another name (--save_weight), or replace it (--overwrite)")
+    return folder
 
 
 def legacy_config(args, device, vocab_size):

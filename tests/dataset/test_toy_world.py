@@ -174,10 +174,18 @@ def check_messages(messages, ends_with):
 def test_both_languages_and_all_skills_in_every_split(mini):
     for split in toy_world.SPLITS:
         seen = {(row["skill"], row["language"]) for row in rows_of(mini, "sft", split)}
-        assert seen == {(skill, language) for skill in LEVELS["mini"].sft_rows for language in ("zh", "en")}
+        joined = ["chat"] if split == "train" else []
+        assert seen == {(skill, language) for skill in [*LEVELS["mini"].sft_rows, *joined] for language in ("zh", "en")}
 
 
 # --- nothing leaks ---
+
+
+def test_chats_join_whole_conversations(mini):
+    chats = [row["conversations"] for row in rows_of(mini, "sft", "train") if row["skill"] == "chat"]
+    assert len(chats) > 100 and {len(messages) // 2 for messages in chats} >= {2, 3, 4}
+    for messages in chats:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
 
 
 @pytest.mark.parametrize("level", ["mini", "full"])
