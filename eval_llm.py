@@ -24,7 +24,7 @@ from dataset.jsonl import read_rows, split_share
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.toy_world import accuracy_table, format_table, heldout_questions, make_world
 from model.model_minimind import PRESETS
-from trainer.arguments import arg, command, parse_args
+from trainer.arguments import arg, check_not_negative, check_positive, command, parse_args
 from trainer.evaluation import bits_per_byte, toy_answers
 from trainer.record import write_json
 from trainer.run import Run, seed_everything
@@ -78,12 +78,8 @@ class EvalArgs:
         """ValueError for values out of range and for flags without effect."""
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p}: give a share above 0, up to 1")
-        for name in ("temperature", "top_k", "historys"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more")
-        for name in ("max_new_tokens", "limit", "repetition_penalty"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: give more than 0")
+        check_not_negative(self, "temperature", "top_k", "historys", "seed")
+        check_positive(self, "max_new_tokens", "limit", "repetition_penalty")
         if self.benchmark == "bpb" and not self.data_path:
             raise ValueError("--benchmark bpb needs --data_path FILE")
         if self.prompt is not None and self.test_prompts:

@@ -35,7 +35,7 @@ from dataset.packing import IGNORE, PackedBatches
 from dataset.toy_world import write_world
 from model.model_minimind import PRESETS
 from scripts.costs import matrix_rate, training_flops, wait_for
-from trainer.arguments import TrainArgs, arg, command, parse_args
+from trainer.arguments import TrainArgs, arg, check_not_negative, check_positive, command, parse_args
 from trainer.optim import build_optimizer
 from trainer.record import write_json
 from trainer.run import Run
@@ -65,12 +65,8 @@ class BenchArgs:
 
     def check(self):
         """ValueError for values out of range."""
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give 1 or more")
-        for name in ("rows", "warmup", "reference_batch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more")
+        check_positive(self, "steps", "batch_size")
+        check_not_negative(self, "rows", "warmup", "reference_batch")
 
 
 class FirstRows(list):

@@ -64,6 +64,27 @@ def parse_args(cls, argv=None):
     return args
 
 
+def check_positive(args, *names):
+    """ValueError unless each of these flags is above 0, or None."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: give more than 0")
+
+
+def check_not_negative(args, *names):
+    """ValueError unless each of these flags is 0 or more."""
+    for name in names:
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: give 0 or more")
+
+
+def check_share(args, *names):
+    """ValueError unless each of these flags is a share from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
+
+
 def command(main):
     """Run `main()` as a program: what the user can put right ends it with one line, everything else with a traceback.
 
@@ -133,16 +154,10 @@ class TrainArgs:
 
     def check(self):
         """ValueError for values out of range and for flags that contradict each other."""
-        for name in ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "val_interval", "log_interval", "save_interval",
-                     "learning_rate", "max_steps", "hidden_size", "num_hidden_layers", "num_workers"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: give more than 0")
-        for name in ("grad_clip", "weight_decay", "seed", "inspect"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more")
-        for name in ("warmup_share", "decay_share", "min_lr_share", "val_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give a share from 0 to 1")
+        check_positive(self, "max_seq_len", "epochs", "batch_size", "accumulation_steps", "val_interval", "log_interval",
+                       "save_interval", "learning_rate", "max_steps", "hidden_size", "num_hidden_layers", "num_workers")
+        check_not_negative(self, "grad_clip", "weight_decay", "seed", "inspect")
+        check_share(self, "warmup_share", "decay_share", "min_lr_share", "val_share")
         if self.max_seq_len < 2:
             raise ValueError("--max_seq_len 1: a row needs a token to see and one to predict; give 2 or more")
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:

@@ -26,7 +26,7 @@ from dataset.inspect_rows import show_rows
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import PackedBatches
 from dataset.toy_world import write_world
-from trainer.arguments import TrainArgs, arg, command, parse_args
+from trainer.arguments import TrainArgs, arg, check_share, command, parse_args
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation import validate, validation_sets
 from trainer.optim import build_optimizer, learning_rate_at, set_learning_rate
@@ -49,9 +49,7 @@ class SFTArgs(TrainArgs):
     def check(self):
         """TrainArgs.check, and the two shares."""
         super().check()
-        for name in ("system_prompt_share", "empty_think_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give a share from 0 to 1")
+        check_share(self, "system_prompt_share", "empty_think_share")
 
 
 def main(argv=None):

@@ -56,7 +56,7 @@ def token_ids(B=2, T=12, seed=1):
     return torch.randint(1, 97, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b, tolerance=1e-5):
+def assert_close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -82,8 +82,8 @@ def test_logits_loss_and_gradients_equal_transformers(kind, rope, tmp_path):
     labels = ids.clone()
     labels[0, :5] = -100
     ours, theirs = model(ids, labels=labels), reference(ids, labels=labels)
-    close(ours.logits, theirs.logits)
-    close(ours.loss - (model.config.router_aux_loss_coef * ours.aux_loss if ours.aux_loss is not None else 0), theirs.loss)
+    assert_close(ours.logits, theirs.logits)
+    assert_close(ours.loss - (model.config.router_aux_loss_coef * ours.aux_loss if ours.aux_loss is not None else 0), theirs.loss)
     model.config.router_aux_loss_coef = 0.0
     model(ids, labels=labels, skip_logits=True).loss.backward()
     theirs.loss.backward()
@@ -94,7 +94,7 @@ def test_logits_loss_and_gradients_equal_transformers(kind, rope, tmp_path):
     theirs = load_file(tmp_path / "gradients" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name in ours:
-        close(ours[name], theirs[name])
+        assert_close(ours[name], theirs[name])
         assert ".experts." in name or ours[name].abs().max() > 0, name  # an expert may get no token
 
 
@@ -104,7 +104,7 @@ def test_yarn_frequencies_equal_transformers(rope):
     config = MiniMindConfig(**{**SMALL, "head_dim": 64}, rope_parameters=dict(rope), max_position_embeddings=64)
     inv_freq, factor = rope_frequencies(config)
     expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](config, device=torch.device("cpu"))
-    close(inv_freq, expected, 1e-7)
+    assert_close(inv_freq, expected, 1e-7)
     assert factor == pytest.approx(expected_factor)
 
 
@@ -120,7 +120,7 @@ def test_shared_expert_mixture_equals_a_loop_over_tokens():
             for e in best:
                 gate, up = (layer.experts.gate_up_proj[e] @ token).chunk(2)
                 expected = expected + probs[e] / probs[best].sum() * (layer.experts.down_proj[e] @ (F.silu(gate) * up))
-            close(out[b, t], expected)
+            assert_close(out[b, t], expected)
 
 
 def test_experts_without_tokens_get_a_zero_gradient_and_not_none():
@@ -158,7 +158,7 @@ def test_balance_loss_equals_transformers_on_one_sequence():
     probs, ids = logits.softmax(-1), torch.zeros(30, dtype=torch.long)
     for k in (1, 2):
         ours = load_balancing_loss(probs, probs.topk(k).indices, ids, 1)
-        close(ours[0], load_balancing_loss_func((logits,), 4, k))
+        assert_close(ours[0], load_balancing_loss_func((logits,), 4, k))
 
 
 def test_balance_loss_ignores_padding():
@@ -167,7 +167,7 @@ def test_balance_loss_ignores_padding():
     probs, ids = logits.view(16, 4).softmax(-1), torch.where(mask.flatten() == 1, torch.arange(2).repeat_interleave(8), 2)
     ours = load_balancing_loss(probs, probs.topk(2).indices, ids, 3)
     for row in range(2):
-        close(ours[row], load_balancing_loss_func((logits[row][mask[row] == 1],), 4, 2))
+        assert_close(ours[row], load_balancing_loss_func((logits[row][mask[row] == 1],), 4, 2))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoeshared", "llama"])
@@ -194,8 +194,8 @@ def test_loss_does_not_depend_on_packing_or_on_micro_batches(kind):
     alone = gradient([(x, y, None) for x, y in zip(docs, labels)])
     for batches in ([pack([0, 1, 2, 3])], [pack([3, 1]), pack([0, 2])]):
         loss, grad = gradient(batches)
-        close(loss, alone[0])
-        close(grad, alone[1])
+        assert_close(loss, alone[0])
+        assert_close(grad, alone[1])
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -206,11 +206,11 @@ def test_packed_documents_are_as_if_alone(kind):
     rows = torch.cat(docs, 1)
     packed = model(rows.repeat(2, 1), position_ids=positions.repeat(2, 1)).logits
     alone = torch.cat([model(d).logits for d in docs], 1)
-    close(packed, alone.repeat(2, 1, 1))
+    assert_close(packed, alone.repeat(2, 1, 1))
     mask = torch.compiler.is_compiling  # the GPU's way, a mask instead of one call per document
     try:
         torch.compiler.is_compiling = lambda: True
-        close(model(rows, position_ids=positions).logits, alone)
+        assert_close(model(rows, position_ids=positions).logits, alone)
     finally:
         torch.compiler.is_compiling = mask
 
@@ -227,7 +227,7 @@ def test_left_padding_changes_nothing_and_gives_no_nan(dtype):
     full, short = token_ids(1, 9), token_ids(1, 5, seed=2)
     ids = torch.cat([full, F.pad(short, (4, 0))])
     mask = (torch.arange(9)[None] >= torch.tensor([[0], [4]])).long()
-    close(model(ids, attention_mask=mask).logits[1:, 4:], model(short).logits)
+    assert_close(model(ids, attention_mask=mask).logits[1:, 4:], model(short).logits)
     low = model.to(dtype).train()
     out = low(ids, attention_mask=mask, labels=torch.where(mask == 1, ids, -100))
     assert out.logits.isfinite().all() and out.logits.dtype == dtype
@@ -265,7 +265,7 @@ def test_incremental_decoding_equals_the_full_forward(kind):
     for chunk in (ids[:, 4:5], ids[:, 5:8], ids[:, 8:]):
         out = model(chunk, past_key_values=out.past_key_values)
         logits.append(out.logits)
-    close(torch.cat(logits, 1), full)
+    assert_close(torch.cat(logits, 1), full)
 
 
 def test_static_cache_and_left_padding_generate_the_same_tokens():
@@ -281,7 +281,7 @@ def test_static_cache_and_left_padding_generate_the_same_tokens():
     assert both[0, 3:].tolist() == expected[0].tolist()
     cache = StaticCache(config=model.config, max_cache_len=16)
     logits = [model(prompt[:, t:t + 1], past_key_values=cache).logits for t in range(5)]
-    close(torch.cat(logits, 1), model(prompt).logits)
+    assert_close(torch.cat(logits, 1), model(prompt).logits)
 
 
 def test_greedy_generation_equals_transformers(tmp_path):
@@ -298,9 +298,9 @@ def test_compiled_model_gives_the_same_loss():
     ids = token_ids()
     expected = model(ids, labels=ids, skip_logits=True).loss
     compiled = torch.compile(model, backend="eager")
-    close(compiled(ids, labels=ids, skip_logits=True).loss, expected)
+    assert_close(compiled(ids, labels=ids, skip_logits=True).loss, expected)
     positions = torch.arange(12).remainder(5).expand(2, 12)
-    close(compiled(ids, position_ids=positions, labels=ids, skip_logits=True).loss,
+    assert_close(compiled(ids, position_ids=positions, labels=ids, skip_logits=True).loss,
           model(ids, position_ids=positions, labels=ids, skip_logits=True).loss)
 
 
@@ -313,18 +313,18 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         grads.append(model.model.layers[0].mlp.experts.down_proj.grad.clone())
-    close(*grads)
+    assert_close(*grads)
 
 
 def test_logits_to_keep_and_hidden_states():
     model, ids = build("llama").eval(), token_ids()
     full = model(ids, output_hidden_states=True)
-    close(model(ids, logits_to_keep=3).logits, full.logits[:, -3:])
-    close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, full.logits[:, [1, 4]])
+    assert_close(model(ids, logits_to_keep=3).logits, full.logits[:, -3:])
+    assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, full.logits[:, [1, 4]])
     assert len(full.hidden_states) == 3
-    close(model.lm_head(full.hidden_states[-1]), full.logits)
+    assert_close(model.lm_head(full.hidden_states[-1]), full.logits)
     embeds = model.get_input_embeddings()(ids)
-    close(model(inputs_embeds=embeds).logits, full.logits)
+    assert_close(model(inputs_embeds=embeds).logits, full.logits)
 
 
 def test_a_batch_without_targets_has_loss_zero():
@@ -352,7 +352,7 @@ def test_works_in_a_pipeline_with_peft_and_with_trl(tmp_path):
     torch.nn.init.normal_(next(x for name, x in lora.named_parameters() if "lora_B" in name))
     assert not torch.allclose(lora(ids).logits, plain)
     model = lora.unload().requires_grad_(True)
-    close(model(ids).logits, plain)
+    assert_close(model(ids).logits, plain)
     rows = Dataset.from_list([{"text": f"{i} and {i + 1}"} for i in range(4)])
     config = SFTConfig(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, per_device_train_batch_size=2,
                        save_strategy="no", logging_strategy="no", disable_tqdm=True)

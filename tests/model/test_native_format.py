@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.native_format import replace_file
-from tests.model.test_model_minimind import SHAPES, SMALL, build, close, token_ids
+from tests.model.test_model_minimind import SHAPES, SMALL, assert_close, build, token_ids
 
 AUTO_MAP = {**SHAPES["granitemoeshared"], "qk_norm": True}  # no standard architecture has both
 
@@ -44,7 +44,7 @@ def test_transformers_loads_it_without_the_project(kind, architecture, tmp_path)
     assert not list((tmp_path / "saved").glob("*.py"))
     name, logits = logits_elsewhere(tmp_path / "saved", tmp_path)
     assert name == architecture
-    close(logits, model(token_ids()).logits)
+    assert_close(logits, model(token_ids()).logits)
 
 
 def test_without_a_standard_architecture_the_code_travels_along(tmp_path):
@@ -53,7 +53,7 @@ def test_without_a_standard_architecture_the_code_travels_along(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     name, logits = logits_elsewhere(tmp_path / "saved", tmp_path, trust=True)
     assert name == "MiniMindForCausalLM"
-    close(logits, model(token_ids()).logits)
+    assert_close(logits, model(token_ids()).logits)
     again = MiniMindForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 
@@ -79,7 +79,7 @@ def test_our_loader_reads_what_transformers_wrote(kind, tmp_path):
     reference = REFERENCES[kind].from_pretrained(tmp_path / "ours").eval()
     reference.save_pretrained(tmp_path / "theirs")
     model = MiniMindForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
-    close(model(token_ids()).logits, reference(token_ids()).logits)
+    assert_close(model(token_ids()).logits, reference(token_ids()).logits)
 
 
 def test_pth_state_dicts_of_this_family(tmp_path):
@@ -89,7 +89,7 @@ def test_pth_state_dicts_of_this_family(tmp_path):
     torch.save(old, tmp_path / "full_sft_32.pth")
     again = MiniMindForCausalLM.from_pth(tmp_path / "full_sft_32.pth", model.config)
     assert again.dtype == torch.float32
-    close(again(token_ids()).logits, model(token_ids()).logits, 2e-2)
+    assert_close(again(token_ids()).logits, model(token_ids()).logits, 2e-2)
 
     shared = build("granitemoeshared").eval()
     old = {}

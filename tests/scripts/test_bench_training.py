@@ -109,4 +109,4 @@ def test_errors(chats, capsys):
         main(["--preset", "tiny", "--data_path", chats, "--rows", "2", "--device", "cpu"])
     with pytest.raises(SystemExit):
         main(["--steps", "0"])
-    assert "--steps 0: give 1 or more" in capsys.readouterr().err
+    assert "--steps 0: give more than 0" in capsys.readouterr().err
