@@ -121,6 +121,6 @@ def find_weight(name, args, device):
     if found:
         raise ValueError(f"{name!r} fits {', '.join(run.name for run in found)} in {save_dir}: say which with --preset, "
                          "or give the folder")
-    there = ", ".join(sorted(path.parent.name for path in save_dir.glob("*/config.json"))) or "no run at all"
-    raise ValueError(f"no weights are found as {name!r}: {save_dir} has no {wanted}, only {there}. "
-                     "Train that stage first, or give a checkpoint folder or .pth file")
+    there = sorted(str(path.parent) for pattern in ("*", "*/*") for path in save_dir.glob(f"{pattern}/config.json"))
+    raise ValueError(f"no weights are found as {name!r}: {save_dir} has no {wanted}, {'only ' if there else 'and no run at all'}"
+                     f"{', '.join(there)}. Train that stage first, or give a checkpoint folder or .pth file")

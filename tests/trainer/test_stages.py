@@ -252,7 +252,7 @@ def test_weights_that_are_not_there_or_of_another_shape_are_refused(name, flags,
 
 def test_a_missing_weight_is_named_with_what_is_there(flags, tmp_path):
     train_pretrain.main(flags(max_steps=1))
-    with pytest.raises(ValueError, match=r"no weights are found as 'dpo': .*only pretrain_32x2\."):
+    with pytest.raises(ValueError, match=r"no weights are found as 'dpo': .*only .*pretrain_32x2\."):
         train_full_sft.main(flags("sft", from_weight="dpo"))
 
 
