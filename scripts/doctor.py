@@ -85,7 +85,7 @@ def packages(problems):
             problems.append(f"{name} is missing: python -m pip install {name}=={pinned}")
             continue
         if found[name].partition("+")[0] != pinned:  # after a plus: for which GPU it was built
-            problems.append(f"{name} {found[name]} is not the pinned {pinned}, with which the published figures were measured: "
+            problems.append(f"{name} {found[name]} is not the pinned {pinned}, the version that is tested: "
                             f"python -m pip install {name}=={pinned}")
     return found
 
