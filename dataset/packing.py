@@ -95,28 +95,37 @@ def collate(rows, capacity: int, num_rows: int, pad_id: int) -> dict[str, torch.
 class PackedBatches:
     """The optimizer steps of a run: item `step` is the list of all micro-batches of that step for this rank.
 
-    A step is `batch_size * accumulation_steps * world_size` consecutive rows of the epoch's packing. Rank r takes the
-    r-th share of them and cuts it into micro-batches, so the same sequences form a step however they are split. The
-    last step of an epoch may have fewer rows: an epoch trains on every sequence exactly once, and every rank gets the
-    same number of micro-batches (one of padding alone where the rows do not suffice).
+    A step is `rows_per_step` consecutive rows of the epoch's packing, by default `batch_size * accumulation_steps *
+    world_size`. Rank r takes the r-th share of them, and cuts it into micro-batches of at most `batch_size` rows, all of
+    about the same size. So the same sequences form a step however they are split; a run that goes on with another
+    number of ranks passes the `rows_per_step` that it began with. The last step of an epoch may have fewer rows: an
+    epoch trains on every sequence exactly once, and every rank gets the same number of micro-batches (one of padding
+    alone where it has no row).
 
     `dataset` needs `lengths` (an array) and `dataset[i] -> {"input_ids", "labels"}`. `max_steps` ends the run early.
-    Nothing but (seed, epoch, step) decides what a step holds, so a run resumes at any step without replaying.
+    Nothing but (seed, epoch, step) decides what a step holds, so a run resumes at any step without replaying, and the
+    processes of a `DataLoader(batches, batch_size=None, sampler=range(first, len(batches)))` read ahead of the model.
     """
 
     def __init__(self, dataset, *, batch_size: int, accumulation_steps: int, max_seq_len: int, seed: int, epochs: int,
-                 rank: int = 0, world_size: int = 1, pad_id: int, max_steps: int | None = None):
+                 rank: int = 0, world_size: int = 1, pad_id: int, max_steps: int | None = None,
+                 rows_per_step: int | None = None):
         for name, value in (("batch_size", batch_size), ("accumulation_steps", accumulation_steps),
                             ("epochs", epochs), ("max_steps", 1 if max_steps is None else max_steps)):
             if value < 1:
                 raise ValueError(f"{name} is {value}. Give 1 or more.")
+        if rows_per_step is None:
+            rows_per_step = batch_size * accumulation_steps * world_size
+        if rows_per_step < world_size:
+            raise ValueError(f"a step of {rows_per_step} rows leaves some of {world_size} processes without work. Start at "
+                             f"most {rows_per_step} processes, or a new run with a larger batch_size.")
         if not len(dataset):
             raise ValueError("the dataset holds no sequence to train on. Give more data, or keep less of it for "
                              "validation.")
         assert 0 <= rank < world_size
         self.dataset, self.capacity, self.seed, self.pad_id = dataset, max_seq_len, seed, pad_id
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.rows_per_step = batch_size * accumulation_steps * world_size
+        self.rows_per_step = rows_per_step
         self._packed: tuple[int, list[list[int]]] = (-1, [])  # the epoch packed last, and its rows
         self._epoch_ends: list[int] = []  # the first step after each epoch; packings differ by a row or two
         self.padding_share = 0.0
@@ -149,9 +158,10 @@ class PackedBatches:
         epoch = self.epoch_of(step)
         begin = (step - (self._epoch_ends[epoch - 1] if epoch else 0)) * self.rows_per_step
         rows = self.rows(epoch)[begin : begin + self.rows_per_step]
-        share = -(-len(rows) // self.world_size)
-        mine = rows[self.rank * share : (self.rank + 1) * share]
-        return [self._micro_batch(mine[at : at + self.batch_size]) for at in range(0, share, self.batch_size)]
+        largest_share = -(-len(rows) // self.world_size)
+        num_micro_batches = -(-largest_share // self.batch_size)
+        mine = np.array_split(np.arange(len(rows)), self.world_size)[self.rank]  # shares differ by one row at most
+        return [self._micro_batch([rows[i] for i in part]) for part in np.array_split(mine, num_micro_batches)]
 
     def _micro_batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         sequences = [[self.dataset[index] for index in row] for row in rows]

@@ -6,6 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from dataset.packing import PackedBatches, collate, pack
 
@@ -148,6 +149,49 @@ def test_a_step_holds_the_same_however_it_is_split():
     whole = steps(12, 1)
     assert len(whole) > 4
     assert whole == steps(3, 4) == steps(1, 12) == steps(6, 1, world_size=2) == steps(1, 4, world_size=3)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation_steps", "world_size"),
+                         [(12, 1, 1), (5, 1, 1), (4, 1, 2), (3, 2, 3), (1, 1, 5), (2, 9, 7), (1, 1, 12), (64, 1, 8)])
+def test_a_run_goes_on_with_another_number_of_ranks(batch_size, accumulation_steps, world_size):
+    dataset = Sequences(toy_lengths(400))
+    whole = batches_of(dataset, batch_size=6, accumulation_steps=2, epochs=2)
+    runs = [batches_of(dataset, batch_size=batch_size, accumulation_steps=accumulation_steps, rank=rank, epochs=2,
+                       world_size=world_size, rows_per_step=12) for rank in range(world_size)]
+    assert len(whole) > 4
+    first_epoch = []
+    for step, expected in enumerate(whole):
+        ranks = [run[step] for run in runs]
+        first_epoch += chain(*map(indices_in, ranks)) if whole.epoch_of(step) == 0 else []
+        assert list(chain(*map(indices_in, ranks))) == indices_in(expected)
+        assert len({len(micro_batches) for micro_batches in ranks}) == 1
+        sizes = [[len(micro["input_ids"]) for micro in micro_batches] for micro_batches in ranks]
+        assert max(chain(*sizes)) <= batch_size
+        assert all(max(of_rank) - min(of_rank) <= 1 for of_rank in sizes)
+    assert sorted(first_epoch) == list(range(400))
+
+
+def test_micro_batches_are_of_like_size():
+    (micro_batches,) = batches_of(Sequences([8] * 5), batch_size=4, accumulation_steps=2, max_seq_len=8)
+    assert [len(micro["input_ids"]) for micro in micro_batches] == [3, 2]
+
+
+def test_a_step_with_fewer_rows_than_ranks_is_refused():
+    with pytest.raises(ValueError, match=r"a step of 3 rows leaves some of 4 processes without work\. Start at most 3"):
+        batches_of(Sequences([8] * 20), world_size=4, rows_per_step=3)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_loader_processes_give_what_indexing_gives(context):
+    batches = batches_of(Sequences(toy_lengths(300)), batch_size=2, accumulation_steps=2, epochs=2)
+    first = 3
+    loader = DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=2,
+                        multiprocessing_context=context)
+    loaded = list(loader)
+    assert len(loaded) == len(batches) - first > 10
+    for step, micro_batches in enumerate(loaded, start=first):
+        for micro, expected in zip(micro_batches, batches[step], strict=True):
+            assert micro.keys() == expected.keys() and all(torch.equal(micro[name], expected[name]) for name in micro)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
