@@ -34,8 +34,8 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, PackedBatches
 from dataset.toy_world import write_world
 from model.model_minimind import PRESETS
-from scripts.costs import matrix_rate, training_flops, wait_for
 from trainer.arguments import TrainArgs, arg, check_not_negative, check_positive, command, parse_args
+from trainer.costs import matrix_rate, step_work, training_flops, wait_for
 from trainer.optim import build_optimizer
 from trainer.record import write_json
 from trainer.run import Run
@@ -99,11 +99,7 @@ class Ours:
 
     def work(self, step):
         """(positions, positions of the head, pairs of positions that see each other) that a step computes."""
-        micro_batches = self.batches[step]
-        starts = [torch.nonzero(micro["position_ids"].flatten() == 0).flatten() for micro in micro_batches]
-        ends = [torch.tensor([micro["labels"].numel()]) for micro in micro_batches]
-        lengths = torch.cat([torch.cat(pair).diff() for pair in zip(starts, ends)])
-        return int(lengths.sum()), count_targets(micro_batches), int((lengths * (lengths + 1) // 2).sum())
+        return step_work(self.batches[step])
 
 
 class Theirs:

@@ -37,9 +37,10 @@ try:
     from dataset.toy_world import write_world
     from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
     from scripts import bench_training as bench
-    from scripts import costs, quickstart
-    from scripts.costs import Rates
+    from scripts import quickstart
+    from trainer import costs
     from trainer.arguments import TrainArgs, arg, command, parse_args
+    from trainer.costs import Rates
     from trainer.record import write_json
     from trainer.run import DTYPES, Run
     from trainer.train_full_sft import SFTArgs

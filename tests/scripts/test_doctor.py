@@ -10,7 +10,8 @@ import torch
 
 from model.model_minimind import PRESETS, MiniMindForCausalLM
 from scripts import bench_training as bench
-from scripts import costs, doctor
+from scripts import doctor
+from trainer import costs
 from trainer.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,13 +1,64 @@
 """What a training step costs by its arithmetic, and how fast a device is at the two things that it is made of.
 
 The formulas count operations and bytes from the configuration of a network; the rates are measured with one large matrix
-product and one large copy. scripts/bench_training.py judges steps by them, scripts/doctor.py foretells steps.
+product and one large copy, or are the makers' peaks. Stages report their share of the peak by them (MFU),
+scripts/bench_training.py judges steps, scripts/doctor.py foretells steps.
 """
 
+import re
 import time
 from dataclasses import dataclass
 
 import torch
+
+from dataset.packing import IGNORE
+
+# Dense bfloat16 products with float32 sums, TFLOP/s, from NVIDIA's data sheets (what they state with sparsity is halved)
+# and architecture papers. A GeForce's tensor cores do twice its float32 rate: 4 * cores * boost clock.
+PEAK_BF16_FLOPS = {
+    "A10": 125, "A30": 165, "A40": 150, "A100": 312, "A800": 312, "L4": 121, "L40": 181, "L40S": 362,
+    "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H800": 989, "H20": 148, "H200": 989, "GH200": 989, "B200": 2250,
+    "RTX A6000": 155, "RTX 6000 Ada": 364,
+    "RTX 3060": 25, "RTX 3060 Ti": 32, "RTX 3070": 41, "RTX 3070 Ti": 43, "RTX 3080": 60, "RTX 3080 Ti": 68, "RTX 3090": 71,
+    "RTX 3090 Ti": 80, "RTX 4060": 30, "RTX 4060 Ti": 44, "RTX 4070": 58, "RTX 4070 SUPER": 71, "RTX 4070 Ti": 80,
+    "RTX 4070 Ti SUPER": 88, "RTX 4080": 97, "RTX 4080 SUPER": 104, "RTX 4090": 165, "RTX 4090 D": 147,
+    "RTX 5070": 62, "RTX 5070 Ti": 88, "RTX 5080": 113, "RTX 5090": 210,
+}
+# Before Ampere there is neither bfloat16 nor TF32: (float16 products, float32 outside of the tensor cores)
+PEAK_FP16_FP32_FLOPS = {"V100": (125, 15.7), "T4": (65, 8.1), "RTX 2080 Ti": (54, 13.4)}
+
+
+def peak_flops(device, dtype):
+    """The maker's peak of a GPU in dense matrix products, operations per second; None on a CPU or an unknown GPU.
+
+    float32 is TF32 where there is one, at half the rate of bfloat16: the scripts allow it.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if re.search(r"laptop|mobile|max-q", name, re.IGNORECASE):  # slower than the card of the same name
+        return None
+    known = [one for one in (*PEAK_BF16_FLOPS, *PEAK_FP16_FP32_FLOPS) if re.search(rf"\b{one}\b", name, re.IGNORECASE)]
+    if not known:
+        return None
+    best = max(known, key=len)  # "RTX 4070 Ti SUPER" is not an "RTX 4070"
+    if best in PEAK_BF16_FLOPS:
+        return PEAK_BF16_FLOPS[best] * 1e12 / (2 if dtype == torch.float32 else 1)
+    half, single = PEAK_FP16_FP32_FLOPS[best]
+    return {torch.float16: half * 1e12, torch.float32: single * 1e12}.get(dtype)
+
+
+def step_work(micro_batches):
+    """(positions, targets, pairs of positions that see each other) of packed micro-batches on the CPU, three ints.
+
+    A document of n tokens has n (n + 1) / 2 pairs; it begins where `position_ids` are 0.
+    """
+    positions = targets = pairs = 0
+    for micro in micro_batches:
+        positions += micro["labels"].numel()
+        targets += int((micro["labels"] != IGNORE).sum())
+        pairs += int(micro["position_ids"].sum())  # a position sees those before it ...
+    return positions, targets, pairs + positions  # ... and itself
 
 
 def active_width(config):
