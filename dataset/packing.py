@@ -8,38 +8,73 @@ Shapes: `B` rows of a micro-batch, `T` tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 
 IGNORE = -100  # the label that the loss skips, by the convention of Hugging Face
 ROUND_TO = 64  # T is a multiple of this: few distinct shapes for a compiler, whole tiles for a GPU
+PACK_BLOCK = 1 << 16  # sequences packed at a time: 20 MB of Python numbers; fewer would leave more padding
 
 
-def pack(lengths, capacity: int, seed: int, epoch: int) -> list[list[int]]:
+class PackedRows(Sequence):
+    """Rows of sequence indices, kept flat: `rows[i]` is the list of those in row i. 4 bytes a sequence, 8 a row."""
+
+    def __init__(self, order: np.ndarray, ends: np.ndarray):
+        self.order, self.ends = order, ends  # uint32 [N], row after row; int64 [R], where each row ends in `order`
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        end = int(self.ends[index])  # IndexError at the end is what ends an iteration
+        index %= len(self)
+        return self.order[int(self.ends[index - 1]) if index else 0 : end].tolist()
+
+
+def pack(lengths, capacity: int, seed: int, epoch: int) -> PackedRows:
     """Rows of sequence indices that together hold every sequence exactly once, in an order from (seed, epoch) alone.
 
-    Each row begins with the longest sequence left, takes random ones as long as any would fit, and ends with the
-    longest that fit into what remains. Against best-fit decreasing, which stacks equal lengths on each other, this
-    wastes about a third on short sequences, and a row is a mixed sample of the data. Linear in the number of
-    sequences. ValueError if a sequence is empty or longer than `capacity`.
+    The shuffled sequences are packed in blocks of PACK_BLOCK, which bounds the memory that this takes beyond its result.
+    ValueError if a sequence is empty or longer than `capacity`.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = np.asarray(lengths)
     if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"sequences of {lengths.min()} to {lengths.max()} tokens do not fit rows of {capacity} tokens. "
                          "Encode the data with the max_seq_len that it is trained with.")
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(lengths.size).tolist()
-    length_of = lengths.tolist()
+    order = np.arange(lengths.size, dtype=np.uint32)
+    rng.shuffle(order)
+    row_lengths = [np.empty(0, dtype=np.int64)]
+    for start in range(0, lengths.size, PACK_BLOCK):
+        block = order[start : start + PACK_BLOCK]
+        rows = _pack_block(lengths[block].tolist(), capacity)
+        rows = [rows[i] for i in rng.permutation(len(rows)).tolist()]
+        row_lengths.append(np.array([len(row) for row in rows], dtype=np.int64))
+        block[:] = block[np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=len(block))]
+    return PackedRows(order, np.cumsum(np.concatenate(row_lengths)))
+
+
+def _pack_block(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, whose order is random.
+
+    Each row begins with the longest sequence left, takes random ones as long as any would fit, and ends with the
+    longest that fit into what remains. Against best-fit decreasing, which stacks equal lengths on each other, this
+    wastes about a third on short sequences, and a row is a mixed sample of the data. Linear in the number of
+    sequences.
+    """
     waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # by length, each in random order
-    for index in reversed(order):
-        waiting[length_of[index]].append(index)
+    for index in range(len(lengths) - 1, -1, -1):
+        waiting[lengths[index]].append(index)
     present = 0  # bit n is set while a sequence of n tokens waits: the longest under a bound is one bit operation
     for length, indices in enumerate(waiting):
         present |= bool(indices) << length
 
-    taken = bytearray(lengths.size)
+    taken = bytearray(len(lengths))
     rows, head = [], 0
     while present:
         row, space = [], capacity
@@ -54,13 +89,12 @@ def pack(lengths, capacity: int, seed: int, epoch: int) -> list[list[int]]:
             space -= length
             longest = present.bit_length() - 1
             if 0 < longest <= space:
-                while taken[order[head]]:
-                    head += 1
-                length = length_of[order[head]]
+                head = taken.index(0, head)
+                length = lengths[head]
             else:
                 length = (present & ((2 << space) - 1)).bit_length() - 1
         rows.append(row)
-    return [rows[i] for i in rng.permutation(len(rows)).tolist()]
+    return rows
 
 
 def collate(rows, capacity: int, num_rows: int, pad_id: int) -> dict[str, torch.Tensor]:
@@ -126,7 +160,7 @@ class PackedBatches:
         self.dataset, self.capacity, self.seed, self.pad_id = dataset, max_seq_len, seed, pad_id
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.rows_per_step = rows_per_step
-        self._packed: tuple[int, list[list[int]]] = (-1, [])  # the epoch packed last, and its rows
+        self._packed: tuple[int, PackedRows | None] = (-1, None)  # the epoch packed last, and its rows
         self._epoch_ends: list[int] = []  # the first step after each epoch; packings differ by a row or two
         self.padding_share = 0.0
         for epoch in range(epochs):
@@ -135,14 +169,14 @@ class PackedBatches:
                 break
             rows = self.rows(epoch)
             if epoch == 0:
-                self.padding_share = 1 - int(np.sum(dataset.lengths)) / (len(rows) * self.capacity)
+                self.padding_share = 1 - int(np.sum(dataset.lengths, dtype=np.int64)) / (len(rows) * self.capacity)
             self._epoch_ends.append(first + -(-len(rows) // self.rows_per_step))
         self._num_steps = min(self._epoch_ends[-1], max_steps or self._epoch_ends[-1])
 
     def __len__(self) -> int:
         return self._num_steps
 
-    def rows(self, epoch: int) -> list[list[int]]:
+    def rows(self, epoch: int) -> PackedRows:
         """All rows of an epoch as sequence indices, in training order."""
         if self._packed[0] != epoch:
             self._packed = epoch, pack(self.dataset.lengths, self.capacity, self.seed, epoch)

@@ -1,6 +1,9 @@
 """Packing: every sequence once, little waste, the order from (seed, epoch), steps independent of how they are cut."""
 
+import hashlib
+import json
 import time
+import tracemalloc
 from itertools import chain
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from dataset import packing
 from dataset.packing import PackedBatches, collate, pack
 
 
@@ -51,7 +55,7 @@ def test_pack_uses_every_sequence_once_and_overfills_no_row(lengths):
 
 
 def test_pack_of_nothing_is_no_row():
-    assert pack([], 8, seed=0, epoch=0) == []
+    assert list(pack([], 8, seed=0, epoch=0)) == []
 
 
 def test_pack_finds_the_perfect_packing_of_pairs():
@@ -80,10 +84,48 @@ def test_rows_mix_lengths():
 
 def test_order_derives_from_seed_and_epoch():
     lengths = toy_lengths()
-    first = pack(lengths, 512, seed=1, epoch=0)
-    assert first == pack(lengths, 512, seed=1, epoch=0)
-    assert first != pack(lengths, 512, seed=1, epoch=1)
-    assert first != pack(lengths, 512, seed=2, epoch=0)
+    first = list(pack(lengths, 512, seed=1, epoch=0))
+    assert first == list(pack(lengths, 512, seed=1, epoch=0))
+    assert first != list(pack(lengths, 512, seed=1, epoch=1))
+    assert first != list(pack(lengths, 512, seed=2, epoch=0))
+
+
+def test_one_block_packs_as_recorded_runs_did():
+    rows = list(pack(toy_lengths(), 512, seed=1, epoch=2))
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "556ae045a9d6fd41"
+
+
+def test_blocks_lose_no_sequence_and_waste_little_more(monkeypatch):
+    lengths = toy_lengths(20_000)
+    monkeypatch.setattr(packing, "PACK_BLOCK", 3000)
+    rows = pack(lengths, 512, seed=0, epoch=0)
+    assert sorted(chain(*rows)) == list(range(20_000))
+    assert max(lengths[row].sum() for row in rows) <= 512
+    assert 1 - lengths.sum() / (512 * len(rows)) < 0.015
+    assert abs(np.corrcoef(list(chain(*rows)), np.arange(20_000))[0, 1]) < 0.03  # each block is a sample of the whole
+    assert list(rows) != list(pack(lengths, 512, seed=0, epoch=1))
+
+
+def test_packing_takes_bounded_memory(monkeypatch):
+    lengths = toy_lengths(60_000).astype(np.int32)
+    monkeypatch.setattr(packing, "PACK_BLOCK", 2000)
+    tracemalloc.start()
+    try:
+        rows = pack(lengths, 512, seed=0, epoch=0)
+        resident, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert resident < 8 * len(lengths) and len(rows) > 5000
+    assert peak < 16 * len(lengths) + 500 * 2000  # lists of the whole would take over 100 bytes a sequence
+
+
+def test_rows_are_a_sequence():
+    rows = pack([5, 3, 8, 2, 2, 2], 8, seed=0, epoch=0)
+    listed = [rows[i] for i in range(len(rows))]
+    assert list(rows) == listed == rows[:] and rows[-1] == listed[-1] and rows[1:3] == listed[1:3] and rows[7:] == []
+    assert sorted(chain(*listed)) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(IndexError):
+        rows[len(rows)]
 
 
 def test_order_carries_nothing_of_the_order_on_disk():
