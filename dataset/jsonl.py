@@ -1,5 +1,6 @@
 """Rows of .jsonl, .jsonl.gz and .jsonl.xz files, with errors that name the file and the line."""
 
+import glob
 import gzip
 import json
 import lzma
@@ -8,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -18,11 +20,15 @@ def iter_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     ValueError: no such file, unknown ending, damaged archive, bytes that are not UTF-8, or not a single row.
     """
     path = Path(path)
-    if path.suffix not in OPENERS:
-        raise ValueError(f"{path}: unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz.")
+    _check_file(path)
+    return _lines(path)
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Check the path, or make or download the data first.")
-    return _lines(path)
+    if path.suffix not in OPENERS:
+        raise ValueError(f"{path}: unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz.")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -84,6 +90,40 @@ def split_share(path: str | Path) -> tuple[str, float]:
     if not 0 < share <= 1:
         raise ValueError(f"{path}: {match[2]} is not a share. Give one above 0 and at most 1, as in {match[1]}@0.4.")
     return match[1], share
+
+
+def find_shards(data_path) -> list[tuple[str, float]]:
+    """Return (file, share of its rows) for a path or a list of paths: files, folders, globs, each maybe with "@0.4".
+
+    A folder stands for the files in it that end in .jsonl, .jsonl.gz or .jsonl.xz, a glob for what it matches, both
+    sorted by name. ValueError: nothing found, no such file, unknown ending, a share that is none.
+    """
+    entries = [data_path] if isinstance(data_path, str | Path) else list(data_path)
+    if not entries:
+        raise ValueError("data_path is empty. Give at least one .jsonl file.")
+    found = []
+    for path, share in map(split_share, entries):
+        files = _matches(path)
+        for file in files:
+            _check_file(Path(file))
+        found += [(file, share) for file in files]
+    return found
+
+
+def _matches(path: str) -> list[str]:
+    if Path(path).is_dir():
+        files = sorted(str(file) for file in Path(path).iterdir()
+                       if file.name.endswith(ENDINGS) and file.name[0] != "." and file.is_file())
+        if not files:
+            raise ValueError(f"{path}: a folder without .jsonl, .jsonl.gz or .jsonl.xz files. Give the folder that the files "
+                             f"are in, or a glob such as '{path}/*/*.jsonl'.")
+    elif glob.has_magic(path) and not Path(path).exists():
+        files = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+        if not files:
+            raise ValueError(f"{path}: no file matches. Check the pattern, or make or download the data first.")
+    else:
+        files = [path]
+    return files
 
 
 def in_share(line_no: int, share: float) -> bool:

@@ -1,9 +1,10 @@
 import gzip
 import lzma
+from pathlib import Path
 
 import pytest
 
-from dataset.jsonl import in_share, iter_lines, parse_row, read_rows, split_share
+from dataset.jsonl import find_shards, in_share, iter_lines, parse_row, read_rows, split_share
 
 ROWS = [{"text": "one\u2028still one\x85\x0b\x0c"}, {"text": "二"}, {"text": ""}]
 RAW = '{"text": "one\u2028still one\x85\\u000b\\u000c"}\n\n  \n{"text": "二"}\r\n{"text": ""}'.encode()
@@ -89,6 +90,44 @@ def test_split_share():
     for share in ("0", "1.5", "-0.1", ".", "1e"):
         with pytest.raises(ValueError, match=r"is not a share\. Give one above 0 and at most 1, as in a\.jsonl@0\.4"):
             split_share(f"a.jsonl@{share}")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.jsonl.xz", "a.jsonl", "c.jsonl.gz", "README.md", ".hidden.jsonl", "a.jsonl.tmp", "sub/d.jsonl"):
+        (folder / name).write_bytes(b"{}")
+    return folder
+
+
+def test_folders_and_globs_stand_for_their_shards(corpus):
+    def names(*entries):
+        return [(str(Path(path).relative_to(corpus)), share) for path, share in find_shards(list(entries))]
+
+    whole = [("a.jsonl", 1.0), ("b.jsonl.xz", 1.0), ("c.jsonl.gz", 1.0)]
+    assert names(corpus) == names(f"{corpus}/") == names(f"{corpus}/?.json*[lz]") == whole
+    assert names(f"{corpus}/[bc]*@0.4") == [("b.jsonl.xz", 0.4), ("c.jsonl.gz", 0.4)]
+    assert names(f"{corpus}@0.5", corpus / "sub") == [*((name, 0.5) for name, _ in whole), ("sub/d.jsonl", 1.0)]
+    assert [name for name, _ in names(f"{corpus}/**/*.jsonl")] == ["a.jsonl", "sub/d.jsonl"]
+    assert find_shards(corpus / "a.jsonl") == find_shards(str(corpus / "a.jsonl")) == [(str(corpus / "a.jsonl"), 1.0)]
+
+
+def test_a_file_with_the_characters_of_a_glob_in_its_name_is_itself(tmp_path):
+    path = tmp_path / "part[1].jsonl"
+    path.write_text("{}")
+    assert find_shards(f"{path}@0.3") == [(str(path), 0.3)]
+
+
+def test_paths_without_data_are_named(corpus):
+    (corpus / "empty").mkdir()
+    for entry, message in ((corpus / "empty", r"empty: a folder without .* glob such as '.*empty/\*/\*\.jsonl'"),
+                           (f"{corpus}/*.json", r"\*\.json: no file matches\. Check the pattern"),
+                           (f"{corpus}/*.md", r"README\.md: unknown file type\. Give a file that ends in \.jsonl"),
+                           (corpus / "z.jsonl", r"z\.jsonl: no such file"), ([], "data_path is empty"),
+                           (f"{corpus}/none", "none: no such file"), (f"{corpus}@2", "2 is not a share")):
+        with pytest.raises(ValueError, match=message):
+            find_shards(entry)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.4, 0.5])
