@@ -107,21 +107,6 @@ def gpu_name(device):
     return f"{about.name}, {about.total_memory / GIB:.1f} GiB, compute capability {about.major}.{about.minor}"
 
 
-def free_memory(device):
-    """Bytes that a program may still take on `device`, or None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    if not info.is_file():  # not Linux: the system counts pages, or does not say
-        counts = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if counts else None
-    free = int(dict(line.split(":", 1) for line in info.read_text().splitlines())["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # of a container
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
-
-
 def attention_kernels(device, dtype):
     """{kernel: what of {"causal", "masked"} it computes, forward and backward} with grouped heads, as the model calls it."""
     found = {}
@@ -281,7 +266,7 @@ def main(argv=None):
         problems.append(f"the machine is busy (load {load:.1f} on {num_cores()} cores): every time below is too long; measure "
                         "again when it is quiet")
     print("measuring ...", flush=True)
-    free = free_memory(device)
+    free = costs.free_memory(device)
     speeds = {name: costs.matrix_rate(device, dtype, seconds=0.08 * args.seconds) for name, dtype in DTYPES.items()}
     figures = {
         "packages": packages(problems), "cpu": cpu_name(), "cores": num_cores(), "gpu": gpu_name(device), "device": str(device),

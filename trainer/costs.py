@@ -5,13 +5,19 @@ product and one large copy, or are the makers' peaks. Stages report their share 
 scripts/bench_training.py judges steps, scripts/doctor.py foretells steps.
 """
 
+import os
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dataset.packing import IGNORE
+
+MARGIN = 0.9  # of the free memory may be planned for: the estimate is rough, and memory gets fragmented
+OWN_GROUPS = Path("/proc/self/cgroup")
+SHORTEST = 64  # tokens of a row that are worth training on
 
 # Dense bfloat16 products with float32 sums, TFLOP/s, from NVIDIA's data sheets (what they state with sparsity is halved)
 # and architecture papers. A GeForce's tensor cores do twice its float32 rate: 4 * cores * boost clock.
@@ -99,20 +105,111 @@ def elementwise_bytes(config, positions, targets):
     return 4 * (positions * config.num_hidden_layers * layer + targets * 12 * config.vocab_size)
 
 
-def memory_bytes(config, params, positions, dtype):
-    """Bytes for a step: weights, gradients, two AdamW states, what backward needs of `positions`, and the logits.
+def memory_bytes(config, params, positions, dtype, *, gradient_checkpointing=False, optimizer="adamw", zero_stage=0,
+                 world_size=1, offload_optimizer=False):
+    """Bytes on one device for a step: parameters, gradients, optimizer states, what backward needs of `positions`, logits.
 
-    16 per parameter, 2 more where autocast keeps a copy. Per position and layer, in float32: the residual stream twice,
-    and what the two norms keep, nine widths; in the type of the products: query, key and value before and after rotation,
-    attention's output, four feed-forward widths. Logits, their log-softmax and two gradients of them: 16 per entry.
+    4 bytes each per parameter for itself, its gradient and each state (AdamW has two, Muon one for a matrix of a layer), 2
+    more where autocast keeps a copy. Ranks share the states at ZeRO stage 1, the gradients too at 2, the parameters too at 3
+    (Rajbhandari et al. 2020, figure 1). Per position and layer, in float32: the residual stream twice, and what the two norms
+    keep, nine widths; in the type of the products: query, key and value before and after rotation, attention's output, four
+    feed-forward widths. With checkpointing, a layer keeps its input, and one at a time all of that. Logits, their log-softmax
+    and two gradients of them: 16 per entry, for as many targets as positions.
     """
+    width, layers = 4 if dtype == torch.float32 else 2, config.num_hidden_layers
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * (4 if config.qk_norm else 3)
-    width = 4 if dtype == torch.float32 else 2
     layer = 44 * config.hidden_size + width * (heads + 4 * active_width(config))
     if config.num_experts:  # rows sorted by expert, and what the experts return
         layer += width * 3 * config.num_experts_per_tok * config.hidden_size
-    weights = params * (16 if dtype == torch.float32 else 18)
-    return weights + positions * (config.num_hidden_layers * layer + 16 * config.vocab_size)
+    kept = layers * 4 * config.hidden_size + layer if gradient_checkpointing else layers * layer
+
+    states = 2 * params - (matrices_of_layers(config) if optimizer == "muon" else 0)
+    share = [world_size if zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    weights = (0 if offload_optimizer else 4 * states / share[0]) + 4 * params / share[1]
+    weights += params * (4 if dtype == torch.float32 else 6) / share[2]
+    return int(weights + positions * (kept + 16 * config.vocab_size))
+
+
+def matrices_of_layers(config):
+    """Weights in the layers' matrices, those of all experts, which Muon trains; the router's are AdamW's."""
+    D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    width = config.intermediate_size
+    if config.num_experts:
+        width = config.num_experts * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    return config.num_hidden_layers * (D * (2 * H + 2 * K) * d + 3 * D * width)
+
+
+def free_memory(device):
+    """Bytes that this process may still take on `device`, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if not info.is_file():  # not Linux: the system counts pages, or does not say
+        counts = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if counts else None
+    free = int(dict(line.split(":", 1) for line in info.read_text().splitlines())["MemAvailable"].split()[0]) * 1024
+    return min([free, *container_limits(Path("/sys/fs/cgroup"))])
+
+
+def container_limits(root):
+    """Bytes left under the limits of the container or job that this process runs in (control groups, version 2 and 1)."""
+    paths = [line.split(":", 2)[1:] for line in OWN_GROUPS.read_text().splitlines()] if OWN_GROUPS.is_file() else []
+    for controllers, path in paths:
+        if controllers not in ("", "memory"):
+            continue
+        names = ("memory.max", "memory.current", "inactive_file") if not controllers else (
+            "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        folder = root / controllers / path.strip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root):
+                break
+            limit, used, stat = (group / name for name in (*names[:2], "memory.stat"))
+            if all(file.is_file() for file in (limit, used, stat)) and limit.read_text().strip().isdigit():
+                cached = dict(line.split() for line in stat.read_text().splitlines())[names[2]]  # given up on demand
+                yield int(limit.read_text()) - int(used.read_text()) + int(cached)
+
+
+def memory_advice(config, model, args, device, dtype, *, zero_stage=0, world_size=1, offload_optimizer=False):
+    """(bytes that a step needs, bytes there are for it or None, a sentence for the user), with `model` on its device already.
+
+    args: batch_size, accumulation_steps, max_seq_len, optimizer, gradient_checkpointing. Where the step will not fit, the
+    sentence names flags under which it will. The numbers are of one device out of `world_size`.
+    """
+    params, free = model.num_parameters(), free_memory(device)
+
+    def needs(batch_size, checkpointing, length):
+        return memory_bytes(config, params, batch_size * length, dtype, gradient_checkpointing=checkpointing,
+                            optimizer=args.optimizer, zero_stage=zero_stage, world_size=world_size,
+                            offload_optimizer=offload_optimizer)
+
+    needed = needs(args.batch_size, args.gradient_checkpointing, args.max_seq_len)
+    if free is None:
+        return needed, None, f"a step needs about {needed / 1e9:.1f} GB of memory"
+    room = free + 4 * params / (world_size if zero_stage >= 3 else 1)  # the parameters are there already
+    if needed <= MARGIN * room:
+        return needed, room, f"a step needs about {needed / 1e9:.1f} of the {room / 1e9:.1f} GB free"
+    return needed, room, (f"a step needs about {needed / 1e9:.1f} GB of memory, but only {room / 1e9:.1f} GB are free: "
+                          + way_out(args, needs, MARGIN * room))
+
+
+def way_out(args, needs, room):
+    """What to change so that a step fits into `room` bytes, cheapest first; needs(batch_size, checkpointing, length): bytes."""
+    rows = args.batch_size * args.accumulation_steps
+    sizes = [size for size in range(args.batch_size, 0, -1) if rows % size == 0]  # the same rows in a step
+    for checkpointing in (True,) if args.gradient_checkpointing else (False, True):
+        flag = " --gradient_checkpointing" if checkpointing else ""
+        for size in sizes:
+            needed = needs(size, checkpointing, args.max_seq_len)
+            if needed <= room:
+                return (f"--batch_size {size} --accumulation_steps {rows // size}{flag} gives the same update in "
+                        f"{needed / 1e9:.1f} GB")
+    length = args.max_seq_len // 2
+    while length >= SHORTEST and needs(1, True, length) > room:
+        length //= 2
+    if length >= SHORTEST:
+        return (f"not even one row at a time fits; --batch_size 1 --accumulation_steps {rows} --gradient_checkpointing "
+                f"--max_seq_len {length} does, in {needs(1, True, length) / 1e9:.1f} GB")
+    return "the weights and their optimizer are too large: choose a smaller --preset, or share them among GPUs with --deepspeed"
 
 
 @dataclass
