@@ -1,0 +1,91 @@
+"""Find training rows that hold a piece of an evaluation file: a model that has read the test cannot be measured by it.
+
+As in GPT-3 (Brown et al. 2020, appendix C) a piece is an n-gram of 13 words; Chinese needs 20 characters to say as
+much. Letter case, punctuation and spacing do not count. N-grams that several items of an evaluation share are its
+phrasing ("which of the following ..."), not its content, and are not looked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset.jsonl import read_rows
+from dataset.text_tokens import Tokens, tokenize
+
+WORDS, IDEOGRAPHS = 13, 20
+SHARED = 3  # an n-gram in that many items is phrasing
+FILTER_BITS = 24
+LABELS = frozenset({"subject", "source", "task_id", "phenomenon", "paradigm", "category", "level", "type", "id", "entry_point"})
+
+
+@dataclass
+class EvaluationIndex:
+    """Sorted hashes of the n-grams of evaluation files, and for each the item that it is from.
+
+    hashes: uint64 [M]. owner: int64 [M], an index into `places`. places: "file:line" of every item. short: items that
+    are too short to be looked for. coarse: bool [2**FILTER_BITS], a first sieve that spares nearly all look-ups.
+    """
+
+    hashes: np.ndarray
+    owner: np.ndarray
+    places: list[str]
+    short: int
+    coarse: np.ndarray
+
+    def find(self, tokens: Tokens) -> np.ndarray:
+        """Return for each text the first evaluation item, by position in the text, that it holds a piece of, or -1."""
+        found = np.full(len(tokens.chars), -1)
+        hashes, first = content_ngrams(tokens)
+        maybe = np.flatnonzero(self.coarse[hashes >> np.uint64(64 - FILTER_BITS)])
+        place = np.searchsorted(self.hashes, hashes[maybe])
+        hit = self.hashes[np.minimum(place, len(self.hashes) - 1)] == hashes[maybe] if len(self.hashes) else maybe < 0
+        texts, items = tokens.text[first[maybe[hit]]], self.owner[place[hit]]
+        found[texts[::-1]] = items[::-1]  # backwards, so that the first one stays
+        return found
+
+
+def content_ngrams(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Return (hashes, first token) of the n-grams that identify content: 13 words, or 20 tokens with an ideograph."""
+    ideographs = np.concatenate([[0], np.cumsum(tokens.ideograph)])
+    parts = []
+    for n, wants_ideographs in ((WORDS, False), (IDEOGRAPHS, True)):
+        hashes, first = tokens.ngrams(n)
+        chosen = (ideographs[first + n] > ideographs[first]) == wants_ideographs
+        parts.append((hashes[chosen], first[chosen]))
+    hashes, first = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.argsort(first, kind="stable")
+    return hashes[order], first[order]
+
+
+def build_index(paths: list[str]) -> EvaluationIndex:
+    """Read evaluation files (.jsonl, .gz, .xz; any keys: all strings but labels such as "subject" count)."""
+    places, owners, hashes, short = [], [], [], 0
+    for path in paths:
+        texts, lines = [], []
+        for line_no, row in read_rows(path):
+            texts.append("\n".join(_strings({key: value for key, value in row.items() if key not in LABELS})))
+            lines.append(f"{Path(path).name}:{line_no}")
+        tokens = tokenize([text.replace("\0", " ") for text in texts])
+        file_hashes, first = content_ngrams(tokens)
+        owner = tokens.text[first]
+        short += len(texts) - len(np.unique(owner))
+        hashes.append(file_hashes)
+        owners.append(owner + len(places))
+        places += lines
+    pairs = np.unique(np.stack([np.concatenate(hashes), np.concatenate(owners).astype(np.uint64)]), axis=1)
+    unique, start, items = np.unique(pairs[0], return_index=True, return_counts=True)
+    rare = items < SHARED
+    coarse = np.zeros(1 << FILTER_BITS, bool)
+    coarse[unique[rare] >> np.uint64(64 - FILTER_BITS)] = True
+    return EvaluationIndex(unique[rare], pairs[1][start[rare]].astype(np.int64), places, short, coarse)
+
+
+def _strings(value) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
