@@ -13,6 +13,7 @@ import random
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,11 @@ if str(ROOT) not in sys.path:
 
 from dataset import token_cache
 from dataset.chat_format import check_conversation, encode_conversation, plain_encoder
-from dataset.jsonl import in_share, iter_lines, parse_row, split_share
+from dataset.jsonl import find_shards, in_share, iter_lines, parse_row
 from dataset.packing import IGNORE
-from dataset.token_cache import EncodedBlock, LineBlock, Report
+from dataset.token_cache import EncodedBlock, EncoderPool, LineBlock, Report, TokenTable
 
-FORMAT_VERSION = 1  # raise it when the same row gives other sequences than before: old caches are then left alone
+FORMAT_VERSION = 2  # raise it when the same row gives other sequences than before: old caches are then left alone
 BLOCK_ROWS, BLOCK_CHARS = 1000, 1_000_000  # a block is full when either is reached
 BAD_ROWS = ("stop", "skip")
 DEFAULT_CACHE = ROOT / "dataset" / "cache"
@@ -63,16 +64,19 @@ class RowEncoder(ABC):
         self.byte_lengths = token_byte_lengths(tokenizer).numpy()
 
     @abstractmethod
-    def encode_row(self, row: dict, where: str, draw_key: str, report: Report) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the sequences (input_ids [n], is_target [n]) of a row; ValueError "what is wrong. way out"."""
+    def encode_row(self, row: dict, where: str, draw_key: int, report: Report) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the sequences (input_ids [n], is_target [n]) of a row; ValueError "what is wrong. way out".
+
+        `draw_key` says the row's text, for what is drawn: then it does not matter in which file it stands, and where.
+        """
 
     def __call__(self, block: LineBlock) -> EncodedBlock:
         report, sequences, documents = Report(), [], []
         for line_no, line in block.lines:
-            where = f"{block.path}:{line_no}"
+            where, line_hash = f"{block.path}:{line_no}", _line_hash(line)
             report.rows_read += 1
             try:
-                found = self.encode_row(parse_row(line), where, f"{block.file_index}:{line_no}", report)
+                found = self.encode_row(parse_row(line), where, line_hash, report)
             except ValueError as error:
                 if self.bad_rows == "stop":
                     raise ValueError(f"{where}: {error}") from error
@@ -80,7 +84,7 @@ class RowEncoder(ABC):
                 continue
             report.rows_used += bool(found)
             sequences += found
-            documents += [_line_hash(line)] * len(found)
+            documents += [line_hash] * len(found)
         return self._gather(sequences, documents, report)
 
     def _gather(self, sequences, documents, report: Report) -> EncodedBlock:
@@ -154,7 +158,7 @@ class SFTEncoder(RowEncoder):
             report.note("cut", where)
         return [(input_ids, is_target)]
 
-    def augment(self, messages: list[dict], draw_key: str) -> list[dict]:
+    def augment(self, messages: list[dict], draw_key: int) -> list[dict]:
         """Return the messages, some with a system prompt or an empty think block put in: by (seed, row) alone."""
         draws = random.Random(f"{self.seed}:{draw_key}")
         system, think, which = draws.random(), draws.random(), draws.random()
@@ -174,11 +178,12 @@ def _has_reasoning(message: dict) -> bool:
 
 
 class TokenDataset:
-    """Sequences of token ids with their labels, read from a cache that the first use builds.
+    """Sequences of token ids with their labels, read from caches, one for each file, that the first use builds.
 
     `dataset[i]` is `{"input_ids": int64 [n], "labels": int64 [n]}`, n <= max_seq_len; labels are not shifted, those
-    that are not trained are -100, the first always is. `lengths` int64 [N]; `report` says what became of the rows;
-    `fingerprint` names the content. A path may end in `@0.4`: use that share of its rows, always the same ones.
+    that are not trained are -100, the first always is. `lengths` int32 [N]; `report` says what became of the rows;
+    `fingerprint` names the content. A path is a file, a folder or a glob; with `@0.4` at its end that share of the rows
+    is used, always the same ones.
 
     ValueError `path:line: what is wrong. way out` at a faulty row, unless bad_rows is "skip".
     """
@@ -189,20 +194,23 @@ class TokenDataset:
         if encoder.max_seq_len < 2:
             raise ValueError(f"max_seq_len is {encoder.max_seq_len}. Give 2 or more: a sequence predicts its tokens "
                              "after the first.")
-        paths = [data_path] if isinstance(data_path, str | Path) else list(data_path)
-        if not paths:
-            raise ValueError("data_path is empty. Give at least one .jsonl file.")
         self.max_seq_len = encoder.max_seq_len
-        sources = [split_share(path) for path in paths]
-        self.fingerprint = token_cache.fingerprint(
-            format=FORMAT_VERSION, encoder=type(encoder).__name__, max_seq_len=encoder.max_seq_len,
-            files=[[token_cache.file_sha256(path), share] for path, share in sources],
-            tokenizer=token_cache.tokenizer_sha256(encoder.tokenizer), bad_rows=encoder.bad_rows, **options)
-        self._table = token_cache.open_or_build(
-            Path(cache_dir or DEFAULT_CACHE) / self.fingerprint,
-            lambda: token_cache.encode_blocks(encoder, _line_blocks(sources), num_proc, _count_rows(sources)))
+        sources, cache_dir = find_shards(data_path), Path(cache_dir or DEFAULT_CACHE)
+        common = dict(format=FORMAT_VERSION, encoder=type(encoder).__name__, max_seq_len=encoder.max_seq_len,
+                      tokenizer=token_cache.tokenizer_sha256(encoder.tokenizer), bad_rows=encoder.bad_rows, **options)
+        hashes = [token_cache.file_sha256(path, cache_dir / "file_hashes") for path, _ in sources]
+        names = [token_cache.fingerprint(**common, file=sha256, share=share)
+                 for sha256, (_, share) in zip(hashes, sources, strict=True)]
+        self.fingerprint = token_cache.fingerprint(caches=names)
+        folders = [cache_dir / name for name in names]
+        one_builds = nullcontext() if all(map(Path.exists, folders)) else token_cache.locked(cache_dir / self.fingerprint)
+        with one_builds, EncoderPool(encoder, num_proc) as pool:
+            tables = [_open_or_encode(folder, pool, *source) for folder, source in zip(folders, sources, strict=True)]
+        self._table = TokenTable.join(tables)
         self.report = self._table.report
-        self.rows = np.arange(len(self._table))  # of the table: a view of a split has some of them
+        if not len(self._table):
+            raise ValueError(f"no sequence to train on.\n{self.report}\nGive data with targets, or a larger max_seq_len.")
+        self.rows = np.arange(len(self._table), dtype=np.uint32)  # of the table: a view of a split has some of them
         self.lengths = self._table.lengths
 
     def __len__(self) -> int:
@@ -227,15 +235,13 @@ class TokenDataset:
             raise ValueError(f"the share to hold out is {share}. Give one between 0 and 1.")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}. Hold out at least one row, or do not split.")
-        documents = self._table.documents[self.rows]
-        unique = np.unique(documents)
+        draws = _scramble(self._table.documents[self.rows] ^ np.uint64(_line_hash(f"held out {seed}")))
+        unique = np.unique(draws)  # in ascending order; one for each document, since scrambling loses nothing
         if len(unique) < 2:
             raise ValueError("one document cannot be split. Give more data, or a validation file of its own.")
         count = min(max(1, round(share * len(unique))), len(unique) - 1)
         count = min(count, max_rows or count)
-        salt = np.uint64(_line_hash(f"held out {seed}"))
-        chosen = unique[np.argsort(_scramble(unique ^ salt))[:count]]
-        held_out = np.isin(documents, chosen)
+        held_out = draws <= unique[count - 1]
         name = f"{share}:{seed}:{max_rows}"
         return self._view(~held_out, f"train:{name}"), self._view(held_out, f"held_out:{name}")
 
@@ -272,29 +278,30 @@ class SFTDataset(TokenDataset):
         super().__init__(data_path, encoder, {**options, "seed": seed, "prompts": SYSTEM_PROMPTS}, cache_dir, num_proc)
 
 
-def _line_blocks(sources: list[tuple[str, float]]) -> Iterator[LineBlock]:
-    for file_index, (path, share) in enumerate(sources):
-        lines, size = [], 0
-        for line_no, line in iter_lines(path):
-            if share < 1 and not in_share(line_no, share):
-                continue
-            lines.append((line_no, line))
-            size += len(line)
-            if len(lines) >= BLOCK_ROWS or size >= BLOCK_CHARS:
-                yield LineBlock(path, file_index, lines)
-                lines, size = [], 0
-        yield LineBlock(path, file_index, lines)
+def _open_or_encode(folder: Path, pool: EncoderPool, path: str, share: float) -> TokenTable:
+    return token_cache.open_or_build(
+        folder, lambda: pool.encode(_line_blocks(path, share), Path(path).name, _count_rows(path, share)))
 
 
-def _count_rows(sources: list[tuple[str, float]]) -> int | None:
+def _line_blocks(path: str, share: float) -> Iterator[LineBlock]:
+    lines, size = [], 0
+    for line_no, line in iter_lines(path):
+        if share < 1 and not in_share(line_no, share):
+            continue
+        lines.append((line_no, line))
+        size += len(line)
+        if len(lines) >= BLOCK_ROWS or size >= BLOCK_CHARS:
+            yield LineBlock(path, lines)
+            lines, size = [], 0
+    yield LineBlock(path, lines)
+
+
+def _count_rows(path: str, share: float) -> int | None:
     """Estimate the rows for the progress bar; None where counting would mean to decompress."""
-    if any(not path.endswith(".jsonl") for path, _ in sources):
+    if not path.endswith(".jsonl"):
         return None
-    total = 0.0
-    for path, share in sources:
-        with open(path, "rb") as file:
-            total += share * sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-    return round(total)
+    with open(path, "rb") as file:
+        return round(share * sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b"")))
 
 
 def _scramble(values: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Text becomes tokens once: encode with all cores, keep the result on disk, read it through the memory map.
 
-A cache is a folder that `datasets.load_from_disk` opens, plus `report.json`. Its name is the fingerprint of everything
-that decides its content, so a stale one is never read. It is built beside its place and renamed when whole: a run that
-is killed, or two runs that build at once, cannot leave half a cache under that name.
+A cache is a folder that `datasets.load_from_disk` opens, plus `report.json`, and holds one file's sequences. Its name
+is the fingerprint of everything that decides its content, so a stale one is never read. Of several processes that need
+it one builds, and the others wait. It is built beside its place and renamed when whole: a run that is killed cannot
+leave half a cache under that name.
 """
 
 from __future__ import annotations
@@ -13,20 +14,26 @@ import json
 import multiprocessing
 import os
 import shutil
-import uuid
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 SERIAL_BLOCKS = 8  # up to here starting processes costs more time than they save
 NAMED = 5  # rows that a report names of each kind
+SETTLED = 2e9  # nanoseconds after which a file is no longer being written: clocks of file systems are coarse
 
 
 @dataclass
@@ -74,7 +81,6 @@ class LineBlock(NamedTuple):
     """Some lines of a file: what one process encodes at a time."""
 
     path: str
-    file_index: int
     lines: list[tuple[int, str]]
 
 
@@ -88,26 +94,50 @@ class EncodedBlock(NamedTuple):
 
 
 class TokenTable:
-    """The sequences of a cache folder, memory-mapped: `table[column, i]` is an array view, `lengths` int64 [N].
+    """The sequences of a cache folder, memory-mapped: `table[column, i]` is an array view, `lengths` int32 [N].
 
-    ValueError or OSError where the folder does not hold what its report says.
+    ValueError or OSError where the folder does not hold what its report says. What stays in memory is 4 bytes a sequence
+    and about 1 kB for each thousand of them.
     """
 
     def __init__(self, folder: Path):
-        data = _datasets().load_from_disk(str(folder)).data
+        self.folders = [folder]
         self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        self.documents = data.column("document").to_numpy()
-        self._values, self._offsets = {}, {}
-        for name in data.column_names:
-            if name != "document":
-                chunks = data.column(name).chunks
-                self._values[name] = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-                self._offsets[name] = [chunk.offsets.to_numpy() for chunk in chunks]
+        data = _datasets().load_from_disk(str(folder)).data
+        self._chunks = {name: data.column(name).chunks for name in data.column_names}
+        self._index()
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        if (len(self), tokens) != (self.report.sequences, self.report.tokens):
+            raise ValueError(f"{len(self)} sequences of {tokens} tokens, not {self.report.sequences} of {self.report.tokens}")
+
+    @classmethod
+    def join(cls, tables: list[TokenTable]) -> TokenTable:
+        """Return one table of all the sequences of several, in that order."""
+        whole = cls.__new__(cls)
+        whole.folders = [folder for table in tables for folder in table.folders]
+        whole.report = Report()
+        for table in tables:
+            whole.report.add(table.report)
+        whole._chunks = {name: [chunk for table in tables for chunk in table._chunks[name]] for name in tables[0]._chunks}
+        whole._index()
+        return whole
+
+    def _index(self) -> None:
+        lists = {name: chunks for name, chunks in self._chunks.items() if name != "document"}
+        self._values = {name: [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
+                        for name, chunks in lists.items()}
+        self._offsets = {name: [chunk.offsets.to_numpy() for chunk in chunks] for name, chunks in lists.items()}
         offsets = self._offsets["input_ids"]
-        self.lengths = np.concatenate([np.diff(part) for part in offsets]).astype(np.int64)
+        self.lengths = np.concatenate([np.empty(0, np.int32), *map(np.diff, offsets)])
         self._chunk_ends = np.cumsum([len(part) - 1 for part in offsets])
-        if (len(self.lengths), int(self.lengths.sum())) != (self.report.sequences, self.report.tokens):
-            raise ValueError(f"{len(self.lengths)} sequences instead of {self.report.sequences}")
+
+    def __reduce__(self):  # for processes that load data: they map the files themselves
+        return _open_tables, (self.folders,)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """A hash of the row that each sequence comes from, uint64 [N]; read from the disk each time."""
+        return np.concatenate([np.empty(0, np.uint64), *(chunk.to_numpy() for chunk in self._chunks["document"])])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -119,31 +149,65 @@ class TokenTable:
         column, index = key
         chunk = int(np.searchsorted(self._chunk_ends, index, side="right"))
         offsets = self._offsets[column][chunk]
-        local = index - (int(self._chunk_ends[chunk - 1]) if chunk else 0)
+        local = int(index) - (int(self._chunk_ends[chunk - 1]) if chunk else 0)
         return self._values[column][chunk][offsets[local] : offsets[local + 1]]
+
+
+def _open_tables(folders: list[Path]) -> TokenTable:
+    return TokenTable.join([TokenTable(folder) for folder in folders])
 
 
 def open_or_build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) -> TokenTable:
     """Open the cache in `folder`; where there is none, or a damaged one, write the blocks there first.
 
-    OSError with the way out where the disk is full; then, as after any other error, nothing stays behind.
+    One process builds while the others wait. OSError with the way out where the disk is full; then, as after any other
+    error, nothing stays behind.
     """
-    if folder.exists():
-        try:
-            return TokenTable(folder)
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            print(f"{folder}: damaged token cache ({error}). Building it again.")
+    table = _open(folder)
+    if isinstance(table, TokenTable):
+        return table
+    with locked(folder):
+        table = _open(folder)  # again: another process may have built it meanwhile
+        if isinstance(table, TokenTable):
+            return table
+        if table is not None:
+            print(f"{folder}: damaged token cache ({table}). Building it again.")
             shutil.rmtree(folder)
-    building = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.building")
+        _build(folder, blocks)
+        return TokenTable(folder)
+
+
+def _open(folder: Path) -> TokenTable | Exception | None:
+    """Return the table, or what is wrong with it, or None where there is none."""
     try:
-        building.mkdir(parents=True)
+        return TokenTable(folder) if folder.exists() else None
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        return error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside `path`, which the system releases when this process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is building the token cache {path} ...", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) -> None:
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: the lock is ours
+    try:
+        building.mkdir()
         _write(building, blocks())
-        try:
-            (building / "whole").rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            # Another process was faster. Its cache has the same fingerprint, hence the same content.
+        (building / "whole").rename(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, f"no space left for the token cache in {folder.parent}. Free some (two to five "
@@ -151,7 +215,6 @@ def open_or_build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) ->
         raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return TokenTable(folder)
 
 
 def _write(folder: Path, blocks: Iterable[EncodedBlock]) -> None:
@@ -174,10 +237,8 @@ def _write(folder: Path, blocks: Iterable[EncodedBlock]) -> None:
     finally:
         if writer:
             writer.close()
-    if not report.sequences:
-        raise ValueError(f"no sequence to train on.\n{report}\nGive data with targets, or a larger max_seq_len.")
     _datasets().disable_progress_bars()
-    _datasets().Dataset.from_file(str(raw)).save_to_disk(str(whole))
+    _datasets().Dataset.from_file(str(raw)).save_to_disk(str(whole), num_shards=1)  # 1: by default none without a sequence
     (whole / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False, indent=1), encoding="utf-8")
 
 
@@ -190,22 +251,52 @@ def _datasets():
     return datasets
 
 
-def encode_blocks(encoder: Callable[[LineBlock], EncodedBlock], blocks: Iterable[LineBlock],
-                  num_proc: int | None = None, total_rows: int | None = None) -> Iterator[EncodedBlock]:
-    """Encode blocks in their order, with `num_proc` processes (all cores by default) unless there are only a few.
+class EncoderPool:
+    """Encode blocks in their order, in this process at first, with `num_proc` (by default all cores) from then on.
 
-    The processes are spawned, so `encoder` must pickle. A progress bar appears on a terminal when there is much to do.
+    The processes are spawned, once for all files, so `encoder` must pickle. OSError where one of them is killed.
     """
-    blocks = iter(blocks)
-    first = list(islice(blocks, SERIAL_BLOCKS + 1))
-    small = len(first) <= SERIAL_BLOCKS
-    num_proc = num_proc or num_cores()
-    everything = chain(first, blocks)
-    encoded = map(encoder, everything) if small or num_proc == 1 else _in_parallel(encoder, everything, num_proc)
-    with tqdm(total=total_rows, unit=" rows", desc="text to tokens", disable=small or None) as bar:  # None: no tty
-        for block in encoded:
-            bar.update(block.report.rows_read)
-            yield block
+
+    def __init__(self, encoder: Callable[[LineBlock], EncodedBlock], num_proc: int | None = None):
+        self.encoder, self.num_proc = encoder, num_proc or num_cores()
+        self._serial_left = SERIAL_BLOCKS
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._executor:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def encode(self, blocks: Iterable[LineBlock], name: str = "", total_rows: int | None = None) -> Iterator[EncodedBlock]:
+        """Yield the blocks encoded. A progress bar called `name` appears on a terminal when there is much to do."""
+        blocks = iter(blocks)
+        first = list(islice(blocks, self._serial_left + 1))
+        small = len(first) <= self._serial_left
+        self._serial_left = self._serial_left - len(first) if small else 0
+        everything = chain(first, blocks)
+        encoded = map(self.encoder, everything) if small or self.num_proc == 1 else self._in_parallel(everything)
+        with tqdm(total=total_rows, unit=" rows", desc=f"text to tokens {name}", disable=small or None) as bar:  # None: no tty
+            for block in encoded:
+                bar.update(block.report.rows_read)
+                yield block
+
+    def _in_parallel(self, blocks) -> Iterator[EncodedBlock]:
+        if not self._executor:
+            context = multiprocessing.get_context("spawn")  # fork is unsafe once torch or a tokenizer has started threads
+            self._executor = ProcessPoolExecutor(self.num_proc, context, _start_worker, (self.encoder,))
+        pending = deque()
+        try:
+            for block in blocks:
+                pending.append(self._executor.submit(_encode_in_worker, block))
+                if len(pending) > 4 * self.num_proc:  # a bound: the reader must not load the whole file ahead of them
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise OSError(f"one of {self.num_proc} processes that turn text into tokens was killed, most likely because "
+                          "memory ran out. Use fewer: a smaller --num_proc.") from error
 
 
 def num_cores() -> int:
@@ -215,28 +306,20 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _in_parallel(encoder, blocks, num_proc: int) -> Iterator[EncodedBlock]:
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch or a tokenizer has started threads
-    pool = ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(encoder,))
-    try:
-        pending = deque()
-        for block in blocks:
-            pending.append(pool.submit(_encode_in_worker, block))
-            if len(pending) > 4 * num_proc:  # a bound: the reader must not load the whole file ahead of the encoders
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 _worker_encoder: Callable[[LineBlock], EncodedBlock]
 
 
 def _start_worker(encoder) -> None:
     global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too, but it is the parent that ends them
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_encoder = encoder
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # the parent was killed: nobody will ever send another block
 
 
 def _encode_in_worker(block: LineBlock) -> EncodedBlock:
@@ -249,14 +332,27 @@ def fingerprint(**parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256, in hex, of a file's bytes; ValueError if there is no such file."""
+def file_sha256(path: str | Path, memory: Path | None = None) -> str:
+    """SHA-256, in hex, of a file's bytes; ValueError if there is no such file.
+
+    It is remembered in the folder `memory` for as long as the file has its path, size and times.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file. Check the path, or make or download the data first.")
+    state = Path(path).stat()
+    remembered = memory and memory / fingerprint(path=str(Path(path).resolve()), size=state.st_size,
+                                                 times=[state.st_mtime_ns, state.st_ctime_ns])
+    if remembered and remembered.exists():
+        return remembered.read_text(encoding="ascii")
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    if remembered and time.time_ns() - state.st_ctime_ns > SETTLED:
+        memory.mkdir(parents=True, exist_ok=True)
+        unfinished = remembered.with_name(f"{remembered.name}.{os.getpid()}")
+        unfinished.write_text(digest.hexdigest(), encoding="ascii")
+        unfinished.replace(remembered)
     return digest.hexdigest()
 
 

@@ -188,7 +188,7 @@ def test_empty_think_blocks_stand_before_a_share_of_the_answers(sft, tokenizer):
 def test_draws_depend_on_seed_and_row_alone(tokenizer):
     def drawn(seed, lines):
         encoder = lm_dataset.SFTEncoder(tokenizer, 256, "stop", 0.5, 0.5, seed)
-        return encoder(LineBlock("f.jsonl", 0, lines)).lengths.tolist()
+        return encoder(LineBlock("f.jsonl", lines)).lengths.tolist()
 
     lines = [(i, json.dumps(chat(f"Question {i}?"))) for i in range(1, 41)]
     assert drawn(0, lines) == drawn(0, lines[:13]) + drawn(0, lines[13:])
@@ -271,6 +271,64 @@ def test_several_files_and_shares(tokenizer, tmp_path):
         texts(f"{first}@1.5")
 
 
+@pytest.fixture
+def encoded_files(monkeypatch):
+    """Names of the files that became tokens, in order."""
+    found, line_blocks = [], lm_dataset._line_blocks
+    monkeypatch.setattr(lm_dataset, "_line_blocks", lambda path, share: found.append(Path(path).name) or line_blocks(path, share))
+    return found
+
+
+def test_a_new_shard_or_share_leaves_the_others_as_they_are(tokenizer, tmp_path, encoded_files):
+    def dataset(entries):
+        paths = [str(tmp_path / entry) for entry in entries.split()]
+        return SFTDataset(paths, tokenizer, 256, cache_dir=tmp_path / "cache", system_prompt_share=0.5, empty_think_share=0.5)
+
+    def rows(dataset):
+        return [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
+
+    for name in ("b", "c", "a"):
+        write(tmp_path / f"{name}.jsonl", [chat(f"{name}, question {i}?") for i in range(20)])
+    first = dataset("b.jsonl c.jsonl")
+    whole = dataset(".")
+    assert encoded_files == ["b.jsonl", "c.jsonl", "a.jsonl"]
+    assert rows(whole)[20:] == rows(first) and whole.report.rows_read == 60
+    part = dataset("[ab].jsonl c.jsonl@0.5")
+    assert encoded_files[3:] == ["c.jsonl"]  # each share of a file is a cache of its own
+    assert rows(part)[:40] == rows(whole)[:40] and set(map(str, rows(part)[40:])) < set(map(str, rows(whole)[40:]))
+    (tmp_path / "b.jsonl").rename(tmp_path / "z.jsonl")
+    again = dataset("z.jsonl c.jsonl")
+    assert len(encoded_files) == 4 and again.fingerprint == first.fingerprint and rows(again) == rows(first)
+    assert len({first.fingerprint, whole.fingerprint, part.fingerprint, dataset("c.jsonl z.jsonl").fingerprint}) == 4
+
+
+def test_a_file_without_targets_is_no_trouble_among_others(tokenizer, tmp_path):
+    def dataset(*names):
+        return SFTDataset([tmp_path / name for name in names], tokenizer, 256, cache_dir=tmp_path / "cache")
+
+    write(tmp_path / "mute.jsonl", [{"conversations": [{"role": "user", "content": "hi"}]}] * 2)
+    write(tmp_path / "chat.jsonl", [chat()])
+    both = dataset("mute.jsonl", "chat.jsonl")
+    assert len(both) == 1 and targets_of(tokenizer, both) == "4.<|im_end|>" and both.report.rows_no_target == 2
+    for _ in range(2):  # when it is built, and from the cache
+        with pytest.raises(ValueError, match=r"no sequence to train on\.(.*\n)*no target: .*mute\.jsonl:1; .*mute\.jsonl:2\n"):
+            dataset("mute.jsonl")
+
+
+def test_a_missing_shard_is_named_before_the_others_become_tokens(tokenizer, tmp_path, encoded_files):
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match=r"b\.jsonl: no such file"):
+        PretrainDataset([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer, 64, cache_dir=tmp_path / "cache")
+    assert encoded_files == []
+
+
+def test_a_dataset_travels_to_loader_processes(sft):
+    dataset = sft([chat(f"Question {i}?") for i in range(50)]).held_out_split(0.2)[0]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(copy[i][name].tolist() == dataset[i][name].tolist() for i in range(len(dataset)) for name in dataset[i])
+    assert copy.lengths.tolist() == dataset.lengths.tolist() and copy.fingerprint == dataset.fingerprint
+
+
 def test_the_cache_is_used_again_and_its_name_tells_what_it_holds(pretrain, sft, monkeypatch):
     rows = [{"text": text} for text in TEXTS]
     first = pretrain(rows)
@@ -341,7 +399,7 @@ def test_a_view_packs_like_a_dataset(pretrain):
 
 
 def test_encoders_travel_to_other_processes(tokenizer):
-    block = LineBlock("f.jsonl", 0, [(1, json.dumps(chat())), (2, json.dumps({"text": "x"}))])
+    block = LineBlock("f.jsonl", [(1, json.dumps(chat())), (2, json.dumps({"text": "x"}))])
     encoder = lm_dataset.SFTEncoder(tokenizer, 256, "skip", 0.5, 0.5, 0)
     copy = pickle.loads(pickle.dumps(encoder))
     assert copy(block).columns["input_ids"].tolist() == encoder(block).columns["input_ids"].tolist()
@@ -353,12 +411,11 @@ def test_lines_are_cut_into_blocks_without_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(lm_dataset, "BLOCK_ROWS", 7)
     monkeypatch.setattr(lm_dataset, "BLOCK_CHARS", 40)
     path = str(write(tmp_path / "a.jsonl", [f'"{"x" * i}"' for i in range(30)]))
-    blocks = list(lm_dataset._line_blocks([(path, 1.0), (path, 1.0)]))
-    assert [line_no for block in blocks for line_no, _ in block.lines] == list(range(1, 31)) * 2
-    assert max(len(block.lines) for block in blocks) <= 7 and len(blocks) > 10
-    assert {block.file_index for block in blocks} == {0, 1}
-    assert lm_dataset._count_rows([(path, 1.0), (path, 0.5)]) == 45
-    assert lm_dataset._count_rows([("rows.jsonl.xz", 1.0)]) is None
+    blocks = list(lm_dataset._line_blocks(path, 1.0))
+    assert [line_no for block in blocks for line_no, _ in block.lines] == list(range(1, 31))
+    assert max(len(block.lines) for block in blocks) <= 7 and len(blocks) > 5
+    assert lm_dataset._count_rows(path, 0.5) == 15
+    assert lm_dataset._count_rows("rows.jsonl.xz", 1.0) is None
 
 
 # looking at rows ------------------------------------------------------------------------------------------------------
