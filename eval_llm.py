@@ -26,8 +26,8 @@ from dataset.toy_world import accuracy_table, format_table, heldout_questions, m
 from model.model_minimind import PRESETS
 from trainer.arguments import arg, check_not_negative, check_positive, command, parse_args
 from trainer.evaluation import bits_per_byte, toy_answers
-from trainer.record import write_json
-from trainer.run import Run, seed_everything
+from trainer.metrics import write_json
+from trainer.run import Compute, seed_everything
 from trainer.weights import read_weight
 
 TEST_PROMPTS = [
@@ -72,7 +72,6 @@ class EvalArgs:
                      choices=["auto", "float32", "bfloat16", "float16"])
     seed: int = arg(42, "decides what is sampled")
     json: str = arg("", "write the figures of a benchmark to this file too")
-    grad_clip, use_compile = 0.0, False  # not flags: what Run asks of a training stage
 
     def check(self):
         """ValueError for values out of range and for flags without effect."""
@@ -187,7 +186,7 @@ def benchmark_bpb(model, tokenizer, args, run):
 
 def main(argv=None):
     args = parse_args(EvalArgs, argv)
-    run = Run(args)
+    run = Compute(args)
     model, tokenizer, chats = load(args, run.device)
     if args.benchmark:
         rows = (benchmark_toy(model, tokenizer, chats, args, run) if args.benchmark == "toy"

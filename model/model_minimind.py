@@ -78,6 +78,7 @@ class MiniMindConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    dropout: float = 0.0
     use_cache: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 1
@@ -286,6 +287,8 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = config.num_experts
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
+        # how many tokens training sent to each expert: whoever reports the load reads it and sets it back to 0
+        self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = SwiGLU(config, shared) if shared else None
 
@@ -298,6 +301,8 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)  # N * k places, sorted by expert
         counts = F.one_hot(chosen.flatten(), self.num_experts).sum(0)  # unlike bincount without a wait for the GPU
+        if self.training:
+            self.tokens_per_expert += counts
         out = self.experts(flat[order // self.top_k], counts)[order.argsort()]  # back in the tokens' order
         out = (out.view(-1, self.top_k, x.shape[-1]) * weights.unsqueeze(-1).type_as(out)).sum(1).view_as(x)
         if self.shared_expert is not None:
@@ -321,16 +326,21 @@ def load_balancing_loss(probs, chosen, doc_ids, num_docs):
 class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
+        self.config = config
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGLU(config, config.intermediate_size)
 
     def forward(self, x, cos, sin, mask=None, doc_lengths=None, past_key_values=None, balance=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, doc_lengths, past_key_values)
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, doc_lengths, past_key_values))
         h = self.post_attention_layernorm(x)
         h, aux = self.mlp(h, balance) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(h), None)
-        return x + h, aux
+        return x + self.drop(h), aux
+
+    def drop(self, branch):
+        """Dropout on what a branch adds to the residual stream (Vaswani et al. 2017, section 5.4), in training only."""
+        return F.dropout(branch, self.config.dropout, self.training)
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):

@@ -36,9 +36,10 @@ from dataset.toy_world import write_world
 from model.model_minimind import PRESETS
 from trainer.arguments import TrainArgs, arg, check_not_negative, check_positive, command, parse_args
 from trainer.costs import matrix_rate, step_work, training_flops, wait_for
+from trainer.metrics import write_json
 from trainer.optim import build_optimizer
-from trainer.record import write_json
 from trainer.run import Run
+from trainer.steps import count_targets
 from trainer.weights import load_model
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -94,7 +95,7 @@ class Ours:
                 loss = self.net(**self.run.to_device(micro), num_items_in_batch=num_targets, skip_logits=True).loss
             self.run.backward(loss)
             total += loss.item()
-        self.run.clip_and_step(self.model, self.optimizer)
+        self.run.clip_and_step(self.model, self.optimizer, total)
         return total
 
     def work(self, step):
@@ -129,7 +130,7 @@ class Theirs:
                 loss = self.net(**self.run.to_device(micro), num_items_in_batch=num_targets, use_cache=False).loss
             self.run.backward(loss)
             total += loss.item()
-        self.run.clip_and_step(self.model, self.optimizer)
+        self.run.clip_and_step(self.model, self.optimizer, total)
         return total
 
     def work(self, step):
@@ -149,10 +150,6 @@ def pad(sequences, pad_id):
         labels[b, :length] = torch.from_numpy(sequence["labels"])
         mask[b, :length] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
-
-
-def count_targets(micro_batches):
-    return sum(int((micro["labels"] != IGNORE).sum()) for micro in micro_batches)
 
 
 def timed(side, steps, device):

@@ -41,7 +41,7 @@ try:
     from trainer import costs
     from trainer.arguments import TrainArgs, arg, command, parse_args
     from trainer.costs import Rates
-    from trainer.record import write_json
+    from trainer.metrics import write_json
     from trainer.run import DTYPES, Run
     from trainer.train_full_sft import SFTArgs
     from trainer.train_pretrain import PretrainArgs

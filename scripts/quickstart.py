@@ -24,7 +24,7 @@ from dataset.chat_format import encode_prompt
 from trainer import train_full_sft, train_pretrain
 from trainer.arguments import arg, command, parse_args
 from trainer.evaluation import generate_batch
-from trainer.record import write_json
+from trainer.metrics import write_json
 
 # level of the world, preset, and what each stage is given
 CPU = dict(
@@ -77,7 +77,7 @@ def score(folder, args, plan):
 def converse(folder, args, plan):
     """Print the conversation about one held-out question of each skill, in turn in Chinese and in English."""
     chat = eval_llm.parse_args(eval_llm.EvalArgs, ["--weight", str(folder), "--device", args.device])
-    run = eval_llm.Run(chat)
+    run = eval_llm.Compute(chat)
     model, tokenizer, _ = eval_llm.load(chat, run.device)
 
     def reply(messages, tools):

@@ -72,9 +72,9 @@ def check_positive(args, *names):
 
 
 def check_not_negative(args, *names):
-    """ValueError unless each of these flags is 0 or more."""
+    """ValueError unless each of these flags is 0 or more, or None."""
     for name in names:
-        if getattr(args, name) < 0:
+        if getattr(args, name) is not None and getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)}: give 0 or more")
 
 
@@ -88,14 +88,14 @@ def check_share(args, *names):
 def command(main):
     """Run `main()` as a program: what the user can put right ends it with one line, everything else with a traceback.
 
-    The user's are the errors that this project raises itself on purpose: ValueError, OSError, ImportError and
-    FloatingPointError with a message of ours.
+    The user's are the errors that this project raises itself on purpose: ValueError, OSError, ImportError,
+    FloatingPointError and MemoryError with a message of ours.
     """
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what was saved is intact, and a training run goes on with --from_resume")
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:
             raise
@@ -129,6 +129,7 @@ class TrainArgs:
     min_lr_share: float = arg(0.1, "learning rate of the last step, as a share of the peak")
     optimizer: str = arg("adamw", "adamw for all parameters, or muon for the layers' matrices: more is learned per token",
                          choices=["adamw", "muon"])
+    dropout: float = arg(0.0, "share of what a layer adds to the residual stream that is left out at random")
     weight_decay: float = arg(0.1, "decay of the matrices (norms have none)")
     beta2: float = arg(0.95, "AdamW: decay rate of the second moment")
     grad_clip: float = arg(1.0, "largest norm of the gradient; 0: no clipping")
@@ -136,7 +137,11 @@ class TrainArgs:
     dtype: str = arg("auto", "arithmetic of the matrix products; auto: bfloat16 on a GPU that has it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
     use_compile: bool = arg(False, "torch.compile the network: slow first steps, faster ones after")
-    num_workers: int | None = arg(None, "processes that turn text into tokens (default: all cores)")
+    gradient_checkpointing: bool = arg(False, "compute each layer again in backward: about a third slower, far less memory")
+    deepspeed: str = arg("", "shard with DeepSpeed ZeRO as this file says: trainer/ds_zero1.json, ds_zero2.json, ds_zero3.json")
+    deterministic: bool = arg(False, "on a GPU use kernels that always sum in the same order: slower, resumes bit for bit")
+    num_workers: int | None = arg(None, "processes that build batches beside training (default: 2 with a GPU, else none)")
+    num_proc: int | None = arg(None, "processes that turn text into tokens (default: all cores)")
     bad_rows: str = arg("stop", "a faulty row stops the run, or is counted and skipped", choices=["stop", "skip"])
     val_path: list[str] = arg([], "validate on these files, each by itself, in place of a share of the data", nargs="+")
     val_share: float = arg(0.01, "share of the documents held out for validation; 0: none")
@@ -144,20 +149,30 @@ class TrainArgs:
     val_interval: int = arg(200, "steps between two validations, each with a sample; the last step always validates")
     log_interval: int = arg(10, "steps between two lines in metrics.jsonl")
     save_interval: int = arg(200, "steps between two checkpoints; the last step is always saved")
+    keep: int = arg(2, "checkpoints that are kept: the newest, and those to fall back on should it be damaged")
+    max_bad_steps: int = arg(5, "steps in a row with a loss or gradient that is not finite before the run goes back or stops")
+    use_wandb: bool = arg(False, "report to Weights & Biases: the same as --tracker wandb")
+    tracker: str = arg("none", "report the figures there too", choices=["none", "wandb", "swanlab", "tensorboard"])
+    wandb_project: str = arg("MiniMind", "project of the tracker")
+    wandb_run_name: str = arg("", "name of the run in the tracker (default: its folder's)")
     seed: int = arg(42, "decides the weights at the start, the order of the data and every random choice on the way")
     inspect: int = arg(0, "print so many rows with what is trained on in colour, and stop")
     json: str = arg("", "write the figures of the run to this file too")
+    local_rank: int = arg(0, "given by the deepspeed launcher to its processes")
 
     # what may change between an interrupted run and its resumption: it decides no number, or is compared in another way
-    FREE = ("save_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "log_interval", "save_interval", "inspect",
-            "json", "from_weight")
+    FREE = ("save_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "num_proc", "log_interval", "save_interval",
+            "inspect", "json", "from_weight", "batch_size", "accumulation_steps", "use_compile", "gradient_checkpointing",
+            "deepspeed", "deterministic", "keep", "max_bad_steps", "use_wandb", "tracker", "wandb_project", "wandb_run_name",
+            "local_rank")
 
     def check(self):
         """ValueError for values out of range and for flags that contradict each other."""
         check_positive(self, "max_seq_len", "epochs", "batch_size", "accumulation_steps", "val_interval", "log_interval",
-                       "save_interval", "learning_rate", "max_steps", "hidden_size", "num_hidden_layers", "num_workers")
-        check_not_negative(self, "grad_clip", "weight_decay", "seed", "inspect")
-        check_share(self, "warmup_share", "decay_share", "min_lr_share", "val_share")
+                       "save_interval", "learning_rate", "max_steps", "hidden_size", "num_hidden_layers", "num_proc", "keep",
+                       "max_bad_steps")
+        check_not_negative(self, "grad_clip", "weight_decay", "seed", "inspect", "num_workers")
+        check_share(self, "dropout", "warmup_share", "decay_share", "min_lr_share", "val_share")
         if self.max_seq_len < 2:
             raise ValueError("--max_seq_len 1: a row needs a token to see and one to predict; give 2 or more")
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
@@ -170,5 +185,15 @@ class TrainArgs:
             raise ValueError("--val_max_rows limits the --val_share, which is not used here: leave it out")
         if self.overwrite and self.from_resume:
             raise ValueError("--overwrite begins anew and --from_resume goes on: choose one")
+        if self.use_wandb and self.tracker not in ("none", "wandb"):
+            raise ValueError(f"--use_wandb is --tracker wandb, but --tracker {self.tracker} is given too: choose one")
+        if {"wandb_project", "wandb_run_name"} & self.given and not self.use_wandb and self.tracker == "none":
+            raise ValueError("--wandb_project and --wandb_run_name name a tracker's run: add --use_wandb or --tracker")
+        if self.deepspeed and self.optimizer != "adamw":
+            raise ValueError(f"--deepspeed shards AdamW's states, not --optimizer {self.optimizer}'s: leave one of them out")
+        if self.deepspeed and self.dtype == "float16":
+            raise ValueError("--deepspeed works with --dtype bfloat16 or float32 here: choose one of them")
+        if self.dropout == 1:
+            raise ValueError("--dropout 1 leaves nothing: give less than 1")
         if self.use_moe and "moe" in self.preset:
             raise ValueError(f"--use_moe with --preset {self.preset}, which is one already: leave one of them out")

@@ -3,77 +3,133 @@
     out/pretrain_tiny/                  the newest weights: a Hugging Face folder, for the next stage and for everyone
     out/pretrain_tiny/checkpoints/step-400/
         config.json model.safetensors tokenizer.json ...    the same kind of folder, float32, after 400 updates
-        training_state.pt               optimizer, scaler, random states, arguments
+        training_state.pt               optimizer and scaler
+        progress.json                   position in the data, arguments, what the run decided on its way
         manifest.json                   SHA-256 of every file: written last, it makes the checkpoint complete
 
-A checkpoint is built beside its place and renamed when it is whole; then its weights are linked into the run's folder.
+The state is copied while training waits, and written in a thread while it goes on. A checkpoint is built beside its
+place and renamed when it is whole; then its weights are linked into the run's folder. No random state is stored: every
+step draws from (seed, step, rank). Sharded runs write whole tensors, so the number of ranks may change.
 """
 
 import hashlib
 import json
 import os
-import random
 import shutil
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from model.native_format import load_strictly, read_state
 
-KEEP = 2  # the newest, and one to fall back on should it be damaged
-STATE_ONLY = ("training_state.pt", "manifest.json")
+STATE_ONLY = ("training_state.pt", "progress.json", "manifest.json")
 
 
 class Checkpoint:
     """Saves and restores one run in `folder`.
 
     `args`: the stage's dataclass; `fingerprint`: of the data. Both must be the same when the run is resumed, apart
-    from the flags that `args.FREE` lists.
+    from the flags that `args.FREE` lists. With --from_resume the checkpoint to go on from is chosen here and now.
+
+    ValueError if all are damaged, or if the data or a flag that matters has changed.
     """
 
     def __init__(self, folder, args, run, model, tokenizer, optimizer, fingerprint):
-        self.folder, self.args, self.fingerprint = Path(folder), args, fingerprint
-        self.model, self.tokenizer, self.optimizer, self.scaler = model, tokenizer, optimizer, run.scaler
+        self.folder, self.args, self.run, self.fingerprint = Path(folder), args, run, fingerprint
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.arithmetic = f"{run.dtype} on {run.device.type}".removeprefix("torch.")
-        self.is_resumed = False
+        self.writer, self.failure = None, None
+        self.rows_per_step = args.batch_size * args.accumulation_steps * run.ranks.world_size
+        self.is_resumed = False  # whether the checkpoints in the folder are this run's
+        if args.from_resume and (found := run.ranks.from_first(self.find)):
+            self.compare(found[1], found[0])
+            self.is_resumed = True
 
     def steps(self):
         """[(updates done, folder)] of the checkpoints that are there, newest first."""
         folders = (self.folder / "checkpoints").glob("step-*")
         return sorted(((int(path.name.split("-")[1]), path) for path in folders), reverse=True)
 
-    def save(self, step, targets):
-        """Write the state after `step` updates on `targets` target tokens.
+    def is_due(self, step, is_last):
+        """Whether to save after `step` updates; OSError if the last save failed meanwhile."""
+        self.raise_failure()
+        # in a series of bad steps the weights may be what is bad: the checkpoint from before must stay the newest
+        return is_last or (step % self.args.save_interval == 0 and not self.run.guard.in_a_row)
 
-        Raises OSError, with everything that was saved before intact, if it cannot be written.
+    def save(self, step, targets):
+        """Copy the state after `step` updates on `targets` target tokens and begin to write it; all ranks call together.
+
+        At most one save is under way: a second one waits for it. What goes wrong is an OSError of the next call (or of
+        `wait`), with everything that was saved before intact.
         """
+        self.wait()
+        engine = self.run.engine
+        weights = engine.weights() if engine else self.model.state_dict()
+        optimizer = engine.optimizer_state() if engine else self.optimizer.state_dict()
+        are_ours, self.is_resumed = self.is_resumed, True
+        if not self.run.ranks.is_first:
+            return
+        progress = {
+            "step": step, "targets": targets, "rows_per_step": self.rows_per_step, "world_size": self.run.ranks.world_size,
+            "fingerprint": self.fingerprint, "arithmetic": self.arithmetic, "guard": self.run.guard.state_dict(),
+            "arguments": asdict(self.args)}
+        state = {"optimizer": copied(optimizer), "scaler": self.run.scaler.state_dict()}
+        self.writer = threading.Thread(target=self.write_or_note, args=(step, copied(weights), state, progress, are_ours))
+        self.writer.start()
+
+    def wait(self):
+        """Until what was saved is on the disk. Raises OSError if it could not be written."""
+        if self.writer:
+            self.writer.join()
+            self.writer = None
+        self.raise_failure()
+
+    def raise_failure(self):
+        if self.failure:
+            failure, self.failure = self.failure, None
+            raise OSError(f"{failure}. The checkpoints from before are intact: make room on the disk (or give back the right to "
+                          "write) and go on with --from_resume") from failure
+
+    def write_or_note(self, step, *state):
+        """The thread's work; an error is kept for the training process to raise."""
         final = self.folder / "checkpoints" / f"step-{step}"
         building = final.with_name(f".{final.name}.{os.getpid()}")
+        try:
+            self.write(final, building, *state)
+        except Exception as error:  # whatever it is, the run must hear of it
+            self.failure = OSError(f"could not save step {step} in {final}: {error}")
+            if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+                self.failure.__cause__ = error
+            shutil.rmtree(building, ignore_errors=True)
+
+    def write(self, final, building, weights, state, progress, are_ours):
+        """Build the folder, move it to its place, publish its weights, delete what is too old.
+
+        are_ours: the checkpoints that are there are of this run, not of an earlier one of its name.
+        """
         for left_over in final.parent.glob(".step-*"):  # of a process that was killed
             shutil.rmtree(left_over)
-        try:
-            self.model.save_pretrained(building)
-            self.tokenizer.save_pretrained(building)
-            torch.save(self.state(step, targets), building / "training_state.pt")
-            manifest = {path.name: sha256(path) for path in sorted(building.iterdir())}
-            (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            for path in building.iterdir():
-                flush(path)
-            if final.exists():
-                shutil.rmtree(final)
-            building.rename(final)
-            self.publish(final)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(building, ignore_errors=True)
-            raise OSError(f"could not save step {step} in {final}: {error}. The checkpoints from before are intact: "
-                          "make room on the disk and go on with --from_resume") from error
-        others = [path for _, path in self.steps() if path != final]
-        for old in others[KEEP - 1:] if self.is_resumed else others:  # those of an earlier run under this name are not ours
-            shutil.rmtree(old)
-        self.is_resumed = True
+        self.model.save_pretrained(building, state_dict=weights)
+        self.tokenizer.save_pretrained(building)
+        torch.save(state, building / "training_state.pt")
+        (building / "progress.json").write_text(json.dumps(progress, indent=1, ensure_ascii=False))
+        manifest = {path.name: sha256(path) for path in sorted(building.iterdir())}
+        (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (*building.iterdir(), building):
+            flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        building.rename(final)
+        flush(final.parent)
+        self.publish(final)
+        # those of later steps are damaged ones that we fell back from
+        ours = [path for step, path in self.steps() if step < progress["step"]] if are_ours else []
+        for _, path in self.steps():
+            if path not in (final, *ours[:self.args.keep - 1]):
+                shutil.rmtree(path)
 
     def publish(self, checkpoint):
         """Put the weights, configuration and tokenizer of `checkpoint` into the run's folder, file by file, atomically."""
@@ -92,53 +148,64 @@ class Checkpoint:
         if not (checkpoint / "chat_template.jinja").exists():
             (self.folder / "chat_template.jinja").unlink(missing_ok=True)  # from another run: it would call this one a chat model
 
-    def state(self, step, targets):
-        """Everything but the weights, in types that torch.load(weights_only=True) accepts."""
-        numpy_state = np.random.get_state()
-        return {
-            "step": step, "targets": targets, "fingerprint": self.fingerprint, "arguments": asdict(self.args),
-            "arithmetic": self.arithmetic, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "random": {
-                "python": random.getstate(), "numpy": (*numpy_state[:1], numpy_state[1].tolist(), *numpy_state[2:]),
-                "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
-        }
+    def find(self):
+        """(folder, its progress.json) of the newest whole checkpoint; None with a warning if there is no checkpoint at all.
 
-    def restore(self):
-        """Load the newest whole checkpoint into model, optimizer, scaler and generators.
-
-        Returns (updates done, target tokens trained on), (0, 0) with a warning if there is no checkpoint.
-
-        ValueError if all are damaged, or if the data or a flag that matters has changed.
+        ValueError if all are damaged.
         """
         problems = []
-        for step, path in self.steps():
+        for _, path in self.steps():
             problem = damage(path)
             if problem is None:
-                state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
-                self.compare(state, path)
-                load_strictly(self.model, read_state(path, self.model.config.num_experts), path)
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scaler.load_state_dict(state["scaler"])
-                restore_random(state["random"])
-                self.is_resumed = True
-                return step, state["targets"]
+                self.publish(path)  # a run may have been killed between the two
+                return path, json.loads((path / "progress.json").read_text())
             problems.append(problem)
             print(f"warning: {problem}; falling back on the checkpoint before it")
         if problems:
             raise ValueError(f"nothing to resume from in {self.folder / 'checkpoints'}: {'; '.join(problems)}. "
                              "Delete that folder and start again without --from_resume")
         print(f"warning: --from_resume finds no checkpoint in {self.folder / 'checkpoints'}: starting from the beginning")
-        return 0, 0
+        return None
 
-    def compare(self, state, path):
-        """ValueError if the run that wrote `state` would have gone on differently from this one."""
-        ours, theirs = asdict(self.args), state["arguments"]
+    def restore(self):
+        """Load the newest whole checkpoint into model, optimizer, scaler and guard; all ranks call together.
+
+        Returns (updates done, target tokens trained on): (0, 0) where there is nothing to go on from.
+        """
+        self.wait()
+        if not self.is_resumed or not (found := self.run.ranks.from_first(self.find)):
+            return 0, 0
+        path, progress = found
+        weights = read_state(path, self.model.config.num_experts)
+        state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+        if self.run.engine:
+            self.run.engine.load(weights, state["optimizer"])
+        else:
+            load_strictly(self.model, weights, path)
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.run.scaler.load_state_dict(state["scaler"])
+        self.run.guard.load_state_dict(progress["guard"])
+        self.run.say(f"going on after step {progress['step']}")
+        return progress["step"], progress["targets"]
+
+    def compare(self, progress, path):
+        """ValueError if the run that wrote `progress` would have gone on differently from this one; take over its batch."""
+        ours, theirs = asdict(self.args), progress["arguments"]
         changed = [f"--{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
                    if name not in (*self.args.FREE, "data_path", "val_path") and name in theirs and ours[name] != theirs[name]]
-        if state["fingerprint"] != self.fingerprint:
+        if progress["fingerprint"] != self.fingerprint:
             changed.insert(0, "the data (or the tokenizer, or its template)")
-        if state["arithmetic"] != self.arithmetic:
-            changed.append(f"{state['arithmetic']} -> {self.arithmetic}")
+        if progress["arithmetic"] != self.arithmetic:
+            changed.append(f"{progress['arithmetic']} -> {self.arithmetic}")
+        if self.rows_per_step != progress["rows_per_step"]:
+            batch = [f"--{name} {theirs[name]} -> {ours[name]}" for name in ("batch_size", "accumulation_steps")
+                     if ours[name] != theirs[name]]
+            if batch:
+                changed.append(f"{' and '.join(batch)}, so that a step has {self.rows_per_step} rows "
+                               f"(batch_size x accumulation_steps x ranks) instead of {progress['rows_per_step']}")
+            self.run.say(f"{progress['world_size']} ranks -> {self.run.ranks.world_size}: a step keeps its "
+                         f"{progress['rows_per_step']} rows, each rank takes its share of them")
+            self.rows_per_step = progress["rows_per_step"]
         if changed:
             raise ValueError(f"{path} cannot be resumed, because something changed: {', '.join(changed)}. "
                              "Set it back, or start a new run without --from_resume under another --save_weight")
@@ -150,9 +217,9 @@ def damage(path):
         return f"{path} was never finished (it has no manifest.json)"
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except json.JSONDecodeError:
+    except ValueError:
         return f"{path / 'manifest.json'} is damaged"
-    for name, digest in manifest.items():
+    for name, digest in {"progress.json": "", **manifest}.items():
         if not (path / name).is_file():
             return f"{path / name} is missing"
         if sha256(path / name) != digest:
@@ -160,21 +227,22 @@ def damage(path):
     return None
 
 
-def restore_random(state):
-    """Put back the generators of Python, NumPy and PyTorch."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def copied(tree):
+    """A state dict with every tensor copied to the CPU, so that training may go on while it is written."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return type(tree)((name, copied(x)) for name, x in tree.items())
+    return [copied(x) for x in tree] if isinstance(tree, list) else tree
 
 
 def flush(path):
-    """Ask the system to bring a file onto the disk itself: a rename must not overtake the data."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Ask the system to bring a file, or the names in a folder, onto the disk: a rename must not overtake the data."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path):

@@ -1,6 +1,7 @@
 """How good a language model is on held-out rows: bits per byte, and what it writes."""
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,14 +34,14 @@ def validation_sets(args, dataset, build):
 def bits_per_byte(model, tokenizer, dataset, run, max_seq_len, batch_size=8):
     """Mean loss on the targets of `dataset`: {"loss": nats per token, "bpb": bits per byte of text, "tokens", "bytes"}.
 
-    End tokens are predicted too and cost their bits, but stand for no bytes.
+    End tokens are predicted too and cost their bits, but stand for no bytes. The ranks share the rows.
     """
     byte_lengths = token_byte_lengths(tokenizer).to(run.device)
     batches = PackedBatches(dataset, batch_size=batch_size, accumulation_steps=1, max_seq_len=max_seq_len, seed=0, epochs=1,
-                            pad_id=tokenizer.pad_token_id)
+                            pad_id=tokenizer.pad_token_id, rank=run.ranks.rank, world_size=run.ranks.world_size)
     nll = num_tokens = num_bytes = 0.0
     with evaluating(model):
-        for (micro,) in batches:
+        for micro in chain.from_iterable(batches):
             micro = run.to_device(micro)
             targets = F.pad(micro["labels"][:, 1:], (0, 1), value=-100)
             with run.autocast():
@@ -49,6 +50,7 @@ def bits_per_byte(model, tokenizer, dataset, run, max_seq_len, batch_size=8):
             kept = targets[targets != -100]
             num_tokens += kept.numel()
             num_bytes += byte_lengths[kept].sum().item()
+    nll, num_tokens, num_bytes = (run.sum(x) for x in (nll, num_tokens, num_bytes))
     return {"loss": nll / num_tokens, "bpb": nll / math.log(2) / num_bytes, "tokens": int(num_tokens), "bytes": int(num_bytes)}
 
 

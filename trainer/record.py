@@ -1,50 +1,75 @@
 """What a run leaves behind besides its weights: metrics.jsonl, a curve, and a progress bar while it lasts."""
 
 import json
+import math
+import resource
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+
+from trainer.costs import peak_flops, step_work, training_flops
+from trainer.metrics import plot_curve, read_metrics, write_json
+from trainer.tracker import open_tracker
 
 QUIET_SECONDS = 15  # without a terminal: a line at most this often
 
 
 class RunRecord:
-    """Writes `folder`/metrics.jsonl and arguments.json, and shows the progress. Use it in a `with`.
+    """Writes `folder`/metrics.jsonl and arguments.json, reports to the tracker, shows the progress. Use it in a `with`.
 
     first, targets: updates done and target tokens trained on before this process. Lines of a former attempt about
     later steps are dropped: they will be written again. resolved: what else arguments.json should say, such as the
-    data's fingerprint.
+    data's fingerprint. Only rank 0 writes and speaks.
     """
 
-    def __init__(self, folder, args, first, targets, num_steps, **resolved):
-        self.folder, self.num_steps, self.first = Path(folder), num_steps, first
-        self.targets = self.targets_before = targets
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder, args, run, model, steps, first, targets, num_steps, **resolved):
+        self.folder, self.num_steps, self.first, self.targets = Path(folder), num_steps, first, targets
+        self.run, self.model, self.steps = run, model, steps
+        self.speaks = run.ranks.is_first
+        self.peak = peak_flops(run.device, run.dtype)
         self.path = self.folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= first] if first else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        write_json(self.folder / "arguments.json", {**asdict(args), "num_steps": num_steps, **resolved})
-        self.start, self.spoken = time.perf_counter(), 0.0
-        self.bar = tqdm(total=num_steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.seconds_before, self.start, self.spoken = 0.0, time.perf_counter(), 0.0
+        if self.speaks:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = self.keep_lines(first)
+            self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+            config = {**asdict(args), "num_steps": num_steps, **resolved}
+            write_json(self.folder / "arguments.json", config)
+            self.tracker = open_tracker(args, self.folder, config, first=first)
+        self.bar = tqdm(total=num_steps, initial=first, unit="step", disable=not (self.speaks and sys.stderr.isatty()),
+                        dynamic_ncols=True)
+        self.targets_before = targets
+        self.begin_window()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         self.bar.close()
+        if self.speaks:
+            self.tracker.close(failed=kind is not None)
 
-    def log(self, **numbers):
-        """Append a line to metrics.jsonl; `step` is the number of updates done, `targets` the tokens learned from."""
-        numbers |= {"targets": self.targets, "seconds": round(time.perf_counter() - self.start, 2)}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(numbers) + "\n")
+    def keep_lines(self, step):
+        """Drop the lines of metrics.jsonl about later steps than `step`; returns those that stay."""
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
-    def advance(self, step, num_targets, loss, learning_rate):
-        """Show that `step` updates are done, the last of them on `num_targets` target tokens."""
-        self.targets += num_targets
+    def begin_window(self):
+        """Forget the steps so far: the speed of a line is that of the steps since the line before."""
+        self.since, self.window = time.perf_counter(), {"targets": 0.0, "flops": 0.0, "waited": self.steps.seconds_waited}
+
+    def advance(self, step, num_targets, micro_batches, loss, learning_rate):
+        """Show that `step` updates are done, the last of them on `num_targets` target tokens of all ranks."""
+        self.targets += int(num_targets)
+        self.window["targets"] += num_targets
+        self.window["flops"] += training_flops(self.model.config, *step_work(micro_batches))
+        if not self.speaks:
+            return
         now = time.perf_counter()
         rate = (self.targets - self.targets_before) / (now - self.start)
         text = f"loss {loss:.3f}, lr {learning_rate:.1e}, {rate:,.0f} target tokens/s"
@@ -55,63 +80,71 @@ class RunRecord:
             left = (now - self.start) / (step - self.first) * (self.num_steps - step)
             print(f"step {step}/{self.num_steps}, {text}, {left / 60:.1f} min left", flush=True)
 
+    def log(self, step, **numbers):
+        """Append a line to metrics.jsonl and report it: `numbers`, the targets so far, and the speed since the last line."""
+        numbers = {"step": step, **numbers, "targets": self.targets}
+        now = time.perf_counter()
+        if self.window["targets"]:
+            numbers |= self.speed(now - self.since) | expert_load(self.model)
+        if self.speaks:
+            numbers["seconds"] = round(self.seconds_before + now - self.start, 2)
+            finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}  # JSON has no nan
+            with open(self.path, "a") as file:
+                file.write(json.dumps(finite) + "\n")
+            self.tracker.log(finite, step)
+        self.begin_window()
+
+    def speed(self, seconds):
+        """Target tokens per second, share of the GPU's peak, share of the time spent waiting for data, peak memory (GB)."""
+        device = self.run.device
+        figures = {"tokens_per_second": round(self.window["targets"] / seconds, 1),
+                   "data_wait_share": round((self.steps.seconds_waited - self.window["waited"]) / seconds, 4)}
+        if self.peak:
+            figures["mfu"] = round(self.window["flops"] / seconds / self.peak, 4)
+        if device.type == "cuda":
+            figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+            figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+        return figures
+
+    def go_back(self, step, targets):
+        """Take back what was said about later steps than `step`: the run repeats them."""
+        self.targets = targets
+        if self.speaks:
+            self.keep_lines(step)
+            self.bar.n = step
+        self.begin_window()
+
     def say(self, text):
         """Print above the progress bar."""
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self.speaks:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
 
-def write_json(path, figures):
-    """Write figures to a file, whose folder is made if it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def expert_load(model):
+    """{"expert_load/e": share of the tokens that expert e got, "expert_load/max": the largest in a layer}; {} if dense.
+
+    Of the forwards since the last call.
+    """
+    counts = [module.tokens_per_expert for module in model.modules() if hasattr(module, "tokens_per_expert")]
+    if not counts:
+        return {}
+    shares = torch.stack(counts).double()
+    shares /= shares.sum(-1, keepdim=True).clamp(min=1)  # layers, experts
+    for count in counts:
+        count.zero_()
+    return {**{f"expert_load/{e}": round(x, 4) for e, x in enumerate(shares.mean(0).tolist())},
+            "expert_load/max": round(shares.max().item(), 4)}
 
 
-def read_metrics(path):
-    """The rows of a metrics.jsonl, a half-written last line left out; [] if there is no file."""
-    if not Path(path).is_file():
-        return []
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def finish(folder, args):
+def finish(folder, args, run):
     """Draw the curve of a run that is done, write its last figures to --json, and say where everything is."""
+    if not run.ranks.is_first:
+        return
     plot_curve(folder)
     if args.json:
         last = {name: value for row in read_metrics(folder / "metrics.jsonl") for name, value in row.items()}
         write_json(args.json, {"folder": str(folder), **last})
     print(f"done: the weights, loss.png and metrics.jsonl are in {folder}")
-
-
-def plot_curve(folder):
-    """Draw loss and validation bits per byte of `folder`/metrics.jsonl against trained tokens, as loss.png there."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(Path(folder) / "metrics.jsonl")
-    figure, left = plt.subplots(figsize=(7, 4), dpi=110)
-    train = [row for row in rows if "loss" in row]
-    millions = [row["targets"] / 1e6 for row in train]
-    left.plot(millions, [row["loss"] for row in train], color="0.6", linewidth=1, label="training loss")
-    left.set_xlabel("target tokens (millions)")
-    left.set_ylabel("training loss (nats per token)")
-    right = left.twinx()
-    names = sorted({name for row in rows for name in row if name.startswith("val_bpb")})
-    for color, name in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], names):
-        points = [(row["targets"] / 1e6, row[name]) for row in rows if name in row]
-        right.plot(*zip(*points), marker="o", markersize=3, color=color, label=name)
-    right.set_ylabel("validation (bits per byte)")
-    handles = [handle for axis in (left, right) for handle in axis.get_legend_handles_labels()[0]]
-    left.legend(handles, [handle.get_label() for handle in handles])
-    left.set_title(Path(folder).name)
-    figure.tight_layout()
-    figure.savefig(Path(folder) / "loss.png")
-    plt.close(figure)

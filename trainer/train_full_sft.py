@@ -29,9 +29,11 @@ from dataset.toy_world import write_world
 from trainer.arguments import TrainArgs, arg, check_share, command, parse_args
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation import validate, validation_sets
+from trainer.guard import write_bad_rows
 from trainer.optim import build_optimizer, learning_rate_at, set_learning_rate
 from trainer.record import RunRecord, finish
 from trainer.run import Run
+from trainer.steps import Steps, count_targets
 from trainer.weights import load_model, run_folder
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -54,58 +56,72 @@ class SFTArgs(TrainArgs):
 
 def main(argv=None):
     args = parse_args(SFTArgs, argv)
-    run = Run(args)
-    if not args.data_path:
-        write_world("mini", TOY)
-        args.data_path = [str(TOY / "sft_train.jsonl")]
-    model, tokenizer = load_model(args, run.device)
-    folder = run_folder(args, model.config)
+    with Run(args) as run:
+        if not args.data_path:
+            run.ranks.from_first(lambda: write_world("mini", TOY))
+            args.data_path = [str(TOY / "sft_train.jsonl")]
+        model, tokenizer = load_model(args, run.device)
+        folder = run_folder(args, model.config, run.ranks)
 
-    def build(paths):
-        return SFTDataset(
-            paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, num_proc=args.num_workers, seed=args.seed,
-            system_prompt_share=args.system_prompt_share, empty_think_share=args.empty_think_share)
+        def build(paths):
+            return SFTDataset(
+                paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, num_proc=args.num_proc, seed=args.seed,
+                system_prompt_share=args.system_prompt_share, empty_think_share=args.empty_think_share)
 
-    dataset = build(args.data_path)
-    if args.inspect:
-        return show_rows(dataset, tokenizer, args.inspect)
-    print(dataset.report)
-    training, held_out = validation_sets(args, dataset, build)
-    batches = PackedBatches(
-        training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
-        seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id)
-    optimizer = build_optimizer(model, args)
-    checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
-    first, targets = checkpoint.restore() if args.from_resume else (0, 0)
-    net = run.wrap(model)
-    print(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, steps {first} to {len(batches)} on {run.device}, "
-          f"{batches.padding_share:.1%} of the positions are padding")
+        dataset = build(args.data_path)
+        if args.inspect:
+            return show_rows(dataset, tokenizer, args.inspect)
+        run.say(dataset.report)
+        training, held_out = validation_sets(args, dataset, build)
+        optimizer = build_optimizer(model, args)
+        checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
+        batches = PackedBatches(
+            training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
+            seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id,
+            rank=run.ranks.rank, world_size=run.ranks.world_size, rows_per_step=checkpoint.rows_per_step)
+        run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(batches)} steps on {run}, "
+                f"{batches.padding_share:.1%} of the positions are padding; {run.memory_advice(model)}")
+        net = run.wrap(model, optimizer)
+        done, targets = checkpoint.restore()
+        steps, stopped = Steps(batches, done, args.num_workers, run.device), False
 
-    with RunRecord(folder, args, first, targets, len(batches), data_fingerprint=training.fingerprint,
-                   arithmetic=checkpoint.arithmetic, shape=model.config.to_dict()) as record:
-        for step, micro_batches in enumerate(batches.from_step(first), start=first):
-            learning_rate = learning_rate_at(step, len(batches), args)
-            set_learning_rate(optimizer, learning_rate)
-            num_targets = sum(int((micro["labels"] != -100).sum()) for micro in micro_batches)  # of the whole step
-            step_loss = 0.0
-            for micro in micro_batches:
-                with run.autocast():
-                    loss = net(**run.to_device(micro), num_items_in_batch=num_targets, skip_logits=True).loss
-                run.backward(loss)
-                step_loss += loss.item()
-            grad_norm = run.clip_and_step(model, optimizer)
+        with RunRecord(folder, args, run, model, steps, done, targets, len(batches), data_fingerprint=training.fingerprint,
+                       arithmetic=checkpoint.arithmetic, shape=model.config.to_dict()) as record, run.signals:
+            for step, micro_batches in steps:
+                run.seed(step)
+                learning_rate = learning_rate_at(step, len(batches), args) * run.guard.learning_rate_share
+                set_learning_rate(optimizer, learning_rate)
+                num_targets = run.sum(count_targets(micro_batches))  # of the whole step: all micro-batches of all ranks
+                loss = 0.0
+                for micro in micro_batches:
+                    with run.micro_step(is_last=micro is micro_batches[-1]):
+                        part = net(**run.to_device(micro), num_items_in_batch=num_targets, skip_logits=True).loss
+                        run.backward(part)
+                    loss += part.detach()
+                loss = run.sum(loss)
+                grad_norm = run.clip_and_step(model, optimizer, loss)
+                if run.guard.in_a_row:  # not finite, not applied
+                    record.say(write_bad_rows(folder, tokenizer, micro_batches, step, run.ranks.rank, loss, grad_norm))
+                    if run.guard.is_exhausted:
+                        steps.go_back(run.guard.go_back(checkpoint, record))
+                        continue
 
-            done, is_last = step + 1, step + 1 == len(batches)
-            record.advance(done, num_targets, step_loss, learning_rate)
-            if done % args.log_interval == 0 or is_last:
-                record.log(step=done, loss=step_loss, learning_rate=learning_rate, grad_norm=grad_norm)
-            if held_out and (done % args.val_interval == 0 or is_last):
-                scores, text = validate(model, tokenizer, held_out, run, args, index=done // args.val_interval)
-                record.log(step=done, **scores)
-                record.say(text)
-            if done % args.save_interval == 0 or is_last:
-                checkpoint.save(done, record.targets)
-    finish(folder, args)
+                done, is_last = step + 1, step + 1 == len(batches)
+                stopped = run.stop_asked() and not is_last
+                record.advance(done, num_targets, micro_batches, loss, learning_rate)
+                if done % args.log_interval == 0 or is_last:
+                    record.log(done, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+                if held_out and (done % args.val_interval == 0 or is_last):
+                    scores, text = validate(model, tokenizer, held_out, run, args, index=done // args.val_interval)
+                    record.log(done, **scores)
+                    record.say(text)
+                if checkpoint.is_due(done, is_last or stopped):
+                    checkpoint.save(done, record.targets)
+                if stopped:
+                    break
+        checkpoint.wait()
+        run.end_if_stopped(stopped, folder, done)
+        finish(folder, args, run)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from dataset.jsonl import in_share, read_rows, split_share
 from dataset.toy_world import write_world
 from trainer.arguments import arg, command, parse_args
-from trainer.record import write_json
+from trainer.metrics import write_json
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKUP_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

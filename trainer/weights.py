@@ -24,6 +24,7 @@ def load_model(args, device, chat=True):
         model = MiniMindForCausalLM(config_from_args(args, device, len(tokenizer)))
     else:
         model, tokenizer = read_weight(args.from_weight, args, device)
+    model.config.dropout = args.dropout  # of the training, not of the network: no checkpoint holds it
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     tokenizer.chat_template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8") if chat else None
     return model.to(device).train(), tokenizer
@@ -81,11 +82,14 @@ def shape_name(config):
     return f"{config.hidden_size}x{config.num_hidden_layers}" + ("_moe" if config.num_experts else "")
 
 
-def run_folder(args, config):
+def run_folder(args, config, ranks=None):
     """Where this run saves: SAVE_DIR/SAVE_WEIGHT_<preset or size>.
 
-    ValueError if the folder holds another run and neither --from_resume nor --overwrite says what to do with it.
+    ValueError if the folder holds another run and neither --from_resume nor --overwrite says what to do with it. Ranks
+    that torchrun has started again, after one of them died, resume.
     """
+    if ranks and ranks.is_restart:
+        args.from_resume, args.overwrite = True, False
     folder = Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
     steps = [int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")]
     if steps and not (args.from_resume or args.overwrite or args.inspect):

@@ -23,7 +23,7 @@ def flags(rows, tmp_path):
     """flags(stage, **changes): a short run of the stage as a list of command-line arguments."""
     def make(stage="pretrain", **changes):
         options = {"data_path": rows[stage], "save_dir": tmp_path / "out", "max_seq_len": 64, "batch_size": 2, "val_share": 0.1,
-                   "val_interval": 4, "save_interval": 4, "log_interval": 1, "max_steps": 8, "num_workers": 1, **changes}
+                   "val_interval": 4, "save_interval": 4, "log_interval": 1, "max_steps": 8, "num_proc": 1, **changes}
         if stage == "sft":
             options.setdefault("from_weight", "none")
         shape = [] if options.get("from_weight", "none") != "none" else SHAPE

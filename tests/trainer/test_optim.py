@@ -45,7 +45,7 @@ def test_matrices_decay_and_norms_do_not(kind):
     for x in model.parameters():
         x.grad = torch.zeros_like(x)
     before = {name: x.detach().clone() for name, x in model.named_parameters()}
-    Run(TrainArgs(device="cpu", grad_clip=0.0)).clip_and_step(model, optimizer)
+    Run(TrainArgs(device="cpu", grad_clip=0.0)).clip_and_step(model, optimizer, 0.0)
     for name, x in model.named_parameters():
         torch.testing.assert_close(x.detach(), before[name] if "norm" in name else before[name] * 0.95)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import checkpoint as checkpoint_module
 from trainer import train_full_sft, train_pretrain
-from trainer.record import read_metrics
+from trainer.metrics import read_metrics
 
 STAGES = {"pretrain": train_pretrain, "sft": train_full_sft}
 NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}
@@ -19,6 +19,12 @@ NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}
 
 def losses(folder):
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+def figures(folder):
+    """The lines of metrics.jsonl without what depends on the clock and the machine."""
+    clock = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gb")
+    return [{name: x for name, x in row.items() if name not in clock} for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def weights(folder):
@@ -107,8 +113,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path,
     resumed = tmp_path / "out" / name
     assert losses(resumed) == losses(whole)
     assert_same(weights(resumed), weights(whole))
-    strip = [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(resumed / "metrics.jsonl")]
-    assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(whole / "metrics.jsonl")]
+    assert figures(resumed) == figures(whole)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -123,14 +128,6 @@ def test_low_precision_learns_keeps_float32_weights_and_resumes(dtype, flags, tm
     assert_same(weights(folder), expected)
     with pytest.raises(ValueError, match=f"{dtype} on cpu -> float32 on cpu"):
         train_pretrain.main([*flags(dtype="float32", max_steps=8, epochs=2, learning_rate=1e-2), "--from_resume"])
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(flags, tmp_path, monkeypatch):
-    run = train_pretrain.Run
-    monkeypatch.setattr(run, "backward", lambda self, loss: (loss * float("nan")).backward())
-    with pytest.raises(FloatingPointError, match="lower --learning_rate"):
-        train_pretrain.main(flags(max_steps=1))
-    assert not (tmp_path / "out" / NAMES["pretrain"] / "model.safetensors").exists()
 
 
 def test_a_finished_run_is_not_trained_again(flags, tmp_path, monkeypatch):
@@ -201,7 +198,7 @@ def test_a_changed_run_cannot_be_resumed(changes, message, flags):
 def test_a_full_disk_while_saving_loses_nothing(flags, tmp_path, monkeypatch):
     train_pretrain.main(flags(max_steps=8, save_interval=4))
     folder = tmp_path / "out" / NAMES["pretrain"]
-    before, names = weights(folder), {path.name for path in (folder / "checkpoints").iterdir()}
+    before, at_4 = weights(folder), weights(folder / "checkpoints" / "step-4")
 
     def no_space(*_):
         raise OSError(28, "No space left on device")
@@ -210,8 +207,8 @@ def test_a_full_disk_while_saving_loses_nothing(flags, tmp_path, monkeypatch):
     shutil.rmtree(folder / "checkpoints" / "step-8")
     with pytest.raises(OSError, match=r"could not save step 8 .*No space left.*--from_resume"):
         train_pretrain.main([*flags(max_steps=8, save_interval=4), "--from_resume"])
-    assert_same(weights(folder), before)
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == names - {"step-8"}
+    assert_same(weights(folder), at_4)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-4"]
     monkeypatch.undo()
     monkeypatch.setattr("dataset.lm_dataset.DEFAULT_CACHE", tmp_path / "cache")
     train_pretrain.main([*flags(max_steps=8, save_interval=4), "--from_resume"])

@@ -1,0 +1,51 @@
+"""The figures of a run on disk: metrics.jsonl, other JSON files, and the curve drawn from them."""
+
+import json
+from pathlib import Path
+
+
+def write_json(path, figures):
+    """Write figures to a file, whose folder is made if it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_metrics(path):
+    """The rows of a metrics.jsonl, a half-written last line left out; [] if there is no file."""
+    if not Path(path).is_file():
+        return []
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_curve(folder):
+    """Draw loss and validation bits per byte of `folder`/metrics.jsonl against trained tokens, as loss.png there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(Path(folder) / "metrics.jsonl")
+    figure, left = plt.subplots(figsize=(7, 4), dpi=110)
+    train = [row for row in rows if row.get("loss") is not None]  # that of a step that was not finite
+    millions = [row["targets"] / 1e6 for row in train]
+    left.plot(millions, [row["loss"] for row in train], color="0.6", linewidth=1, label="training loss")
+    left.set_xlabel("target tokens (millions)")
+    left.set_ylabel("training loss (nats per token)")
+    right = left.twinx()
+    names = sorted({name for row in rows for name in row if name.startswith("val_bpb")})
+    for color, name in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], names):
+        points = [(row["targets"] / 1e6, row[name]) for row in rows if name in row]
+        right.plot(*zip(*points), marker="o", markersize=3, color=color, label=name)
+    right.set_ylabel("validation (bits per byte)")
+    handles = [handle for axis in (left, right) for handle in axis.get_legend_handles_labels()[0]]
+    left.legend(handles, [handle.get_label() for handle in handles])
+    left.set_title(Path(folder).name)
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "loss.png")
+    plt.close(figure)
