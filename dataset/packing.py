@@ -169,8 +169,10 @@ class PackedBatches:
                 break
             rows = self.rows(epoch)
             if epoch == 0:
+                first_packed = self._packed
                 self.padding_share = 1 - int(np.sum(dataset.lengths, dtype=np.int64)) / (len(rows) * self.capacity)
             self._epoch_ends.append(first + -(-len(rows) // self.rows_per_step))
+        self._packed = first_packed  # the one that is needed next, also by processes that are forked from this one
         self._num_steps = min(self._epoch_ends[-1], max_steps or self._epoch_ends[-1])
 
     def __len__(self) -> int:
