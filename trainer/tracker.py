@@ -143,7 +143,8 @@ def open_tracker(args, folder, config, *, first):
     except Exception as error:  # of a foreign library: not logged in, no network, no disk
         login, offline = OFFLINE.get(kind, ("", ""))
         way_out = f" Log in with {login}, or set {offline} to keep it on this machine." if login else ""
-        raise ValueError(f"--tracker {kind} could not start: {error}.{way_out}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"--tracker {kind} could not start: {reason}.{way_out}") from error
     tracker = Tracker(backend)
     for row in read_metrics(folder / "metrics.jsonl") if first else []:
         if row["step"] <= first:

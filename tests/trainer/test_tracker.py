@@ -191,10 +191,10 @@ def test_a_failing_tracker_costs_one_warning(tmp_path, fake_wandb, capsys):
 
 def test_one_that_cannot_start_says_what_to_do(tmp_path, fake_wandb, monkeypatch):
     def refuse(**given):
-        raise RuntimeError("no API key")
+        raise RuntimeError("no API\nkey.")
 
     fake_wandb.init = refuse
-    with pytest.raises(ValueError, match=r"--tracker wandb could not start: no API key. Log in .* WANDB_MODE=offline"):
+    with pytest.raises(ValueError, match=r"--tracker wandb could not start: no API key. Log in with .*, or set WANDB_MODE=offline"):
         open_tracker(settings(use_wandb=True), tmp_path, {}, first=0)
     for name in ("wandb", "swanlab", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
