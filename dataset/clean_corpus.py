@@ -8,13 +8,11 @@ the result does not depend on the number of processes. clean_ray.py runs the fir
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +26,13 @@ from dataset.contamination import EvaluationIndex
 from dataset.jsonl import iter_lines, parse_row
 from dataset.processes import map_in_order
 from dataset.text_tokens import tokenize
+from dataset.whole_file import whole_file
 
 REASONS = ("", "bad_row", "too_short", "too_long", "replacement_characters", "few_letters", "repeated_lines", "top_ngram",
            "repeated_ngrams", "contaminated", "exact_duplicate", "near_duplicate")
 CODES = {reason: code for code, reason in enumerate(REASONS)}
-BLOCK_CHARS = 400_000
+BLOCK_CHARS = 200_000
 FILE_SHIFT = 40  # a row's place is file << FILE_SHIFT | line, so places are in reading order
-WRITERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 NAMED = 3
 
 
@@ -95,7 +93,7 @@ class Analyzer:
                 row, details[at] = None, str(error)
             rows.append(row)
             texts.append("" if row is None else row_text(row))
-        is_document = [row is not None and "text" in row for row in rows]
+        is_document = np.array([row is not None and "text" in row for row in rows])
         tokens = tokenize(texts)
         reasons = judge(texts, is_document, tokens, self.options.limits)
         reason = np.array([CODES["bad_row"] if row is None else CODES[why] for row, why in zip(rows, reasons)], np.uint8)
@@ -107,11 +105,11 @@ class Analyzer:
         key = np.frombuffer(b"".join(map(text_key, texts)), np.uint64).reshape(-1, 2)
         return Analysis(place, size, reason, key, *self._signatures(tokens, is_document), details)
 
-    def _signatures(self, tokens, is_document: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+    def _signatures(self, tokens, is_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         count = len(is_document)
         if not self.options.threshold:
             return np.zeros((count, 0), np.uint32), np.zeros((count, 0), np.uint64)
-        matter = {"yes": np.ones(count, bool), "no": np.zeros(count, bool), "auto": ~np.array(is_document)}
+        matter = {"yes": np.ones(count, bool), "no": np.zeros(count, bool), "auto": ~is_document}
         numbers = near.number_hashes(tokens) * matter[self.options.numbers]
         signature = near.signatures(tokens)
         return signature, near.band_keys(signature, numbers, *near.bands_for(self.options.threshold))
@@ -262,7 +260,7 @@ class Rewriter:
 def write_kept(paths: list[str], out: str, verdicts: Verdicts, options: CleanOptions, num_proc: int | None,
                rejected: str = "") -> None:
     """Second pass: write the rows that stay to `out`, and the others with the reason to `rejected`."""
-    with _replacing(out) as kept_file, _replacing(rejected) as rejected_file:
+    with whole_file(out) as kept_file, whole_file(rejected) if rejected else nullcontext() as rejected_file:
         blocks = _kept_blocks(paths, verdicts, rejected_file)
         for text in map_in_order(Rewriter(options.form), blocks, num_proc):
             kept_file.write(text)
@@ -284,33 +282,6 @@ def _kept_blocks(paths: list[str], verdicts: Verdicts, rejected_file) -> Iterato
                 rejected_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             row += 1
         yield LineBlock(block.path, block.file_index, kept)
-
-
-class _replacing:
-    """A text file that takes its name only when it is written to the end; with an empty name, None."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self):
-        if not self.path:
-            self.file = None
-            return None
-        target = Path(self.path)
-        if target.suffix not in WRITERS:
-            raise ValueError(f"{target}: unknown file type. Give a name that ends in .jsonl, .jsonl.gz or .jsonl.xz.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-        self.file = WRITERS[target.suffix](self.partial, "wt", encoding="utf-8", newline="\n")
-        return self.file
-
-    def __exit__(self, error, *rest):
-        if self.file:
-            self.file.close()
-            if error:
-                self.partial.unlink()
-            else:
-                os.replace(self.partial, self.path)
 
 
 def clean(paths: list[str], out: str, options: CleanOptions, index: EvaluationIndex | None = None, rejected: str = "",

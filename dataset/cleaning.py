@@ -7,6 +7,7 @@ thresholds were set by reading what they threw away on real corpora. They look a
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -14,26 +15,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataset.text_tokens import Tokens, scramble
+from dataset.text_tokens import TEXT_BITS, Tokens
 
 # Control characters but tab and line feed; zero-width space, word joiner, byte order mark, soft hyphen. Not the zero-width
 # joiners U+200C and U+200D: Persian, Indic scripts and emoji are spelled with them.
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\xad\u200b\u2060\ufeff]")
 LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+UNCLEAN = re.compile(f"{INVISIBLE.pattern[:-1]}\r\x0b\x0c\x85\u2028\u2029]")
 SEGMENT_KEYS = ("text", "conversations", "chosen", "rejected", "answer", "gt")
+CONVERSATION_REPEATS = 0.8
 MESSAGE_KEYS = ("content", "reasoning_content", "tools", "tool_calls")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Thresholds of the filters; shares are of 1. `min_chars` None: 20 for text rows, 2 for others."""
+    """Thresholds of the filters; shares are of 1.
 
-    min_chars: int | None = None
+    The rules from `min_letters` on are for running text. A good conversation may be a table, a list of sums, code that
+    is quoted and repaired; of these rules it keeps one, and goes only if nearly all of it (0.8) is repetition.
+    """
+
+    min_chars: int | None = None  # but spaces; None: 20 for running text, 2 for others
     max_chars: int = 1_000_000
-    min_letters: float = 0.35  # letters and ideographs among all characters but spaces, from 100 characters on
     max_replacement: float = 0.001  # U+FFFD, what a wrong decoding leaves
-    max_repeated_lines: float = 0.4  # characters in lines that stood there before, from 10 lines on
-    max_top_ngram: float = 0.2  # tokens that belong to the most frequent 4-gram, from 100 tokens on
+    min_letters: float = 0.3  # letters and ideographs among all characters but spaces, from 100 characters on
+    max_repeated_lines: float = 0.5  # characters in lines that stood there before, from 10 lines on
+    max_top_ngram: float = 0.3  # tokens that belong to the most frequent 4-gram, from 100 tokens on
     max_repeated_ngrams: float = 0.5  # tokens in 12-grams that stood there before, from 100 tokens on
 
     def check(self) -> None:
@@ -50,10 +57,9 @@ def normalize_text(text: str, form: str = "NFC") -> str:
 
     NFC, not NFKC: that would turn full-width punctuation, superscripts and mathematical letters into others.
     """
-    if text.isascii() and text.isprintable():
-        return text
-    text = INVISIBLE.sub("", LINE_ENDS.sub("\n", text))
-    return text if unicodedata.is_normalized(form, text) else unicodedata.normalize(form, text)
+    if UNCLEAN.search(text):
+        text = INVISIBLE.sub("", LINE_ENDS.sub("\n", text))
+    return text if text.isascii() or unicodedata.is_normalized(form, text) else unicodedata.normalize(form, text)
 
 
 def normalize_row(value, form: str = "NFC"):
@@ -73,20 +79,23 @@ def row_text(row: dict) -> str:
     Of messages that is content, reasoning, tools and calls; a segment that comes twice (the prompt of a preference
     row) counts once. A row of another form gives all its strings.
     """
-    known = [row[key] for key in SEGMENT_KEYS if key in row]
-    return "\n".join(dict.fromkeys(segment for segment in _segments(known or list(row.values())) if segment))
+    segments = []
+    for key in SEGMENT_KEYS:
+        value = row.get(key)
+        for part in value if isinstance(value, list) else [value]:
+            segments += map(part.get, MESSAGE_KEYS) if isinstance(part, dict) else [part]
+    if not any(key in row for key in SEGMENT_KEYS):
+        segments = list(_strings(row))
+    as_text = (part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in segments if part)
+    return "\n".join(dict.fromkeys(as_text))
 
 
-def _segments(value):
+def _strings(value):
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _segments(item)
-    elif isinstance(value, dict):
-        is_message = "content" in value
-        for key in MESSAGE_KEYS if is_message else value:
-            yield from _segments(value.get(key))
+    elif isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else value.values():
+            yield from _strings(item)
 
 
 def text_key(text: str) -> bytes:
@@ -94,20 +103,23 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
 
 
-def judge(texts: list[str], is_document: list[bool], tokens: Tokens, limits: Limits) -> list[str]:
-    """Return for each text why it must go, or "". is_document: rows of running text rather than conversations."""
+def judge(texts: list[str], is_document: np.ndarray, tokens: Tokens, limits: Limits) -> list[str]:
+    """Return for each text why it must go, or "". is_document: bool [R], running text rather than a conversation."""
     num_tokens = np.diff(tokens.starts())
-    counted = num_tokens >= 100
+    min_chars = np.where(is_document, 20, 2) if limits.min_chars is None else limits.min_chars
+    max_repeated = np.where(is_document, limits.max_repeated_ngrams, max(limits.max_repeated_ngrams, CONVERSATION_REPEATS))
+    max_repeated = np.where(num_tokens >= 100, max_repeated * num_tokens, np.inf)
     letters = tokens.letters / np.maximum(tokens.solid, 1)
     rules = {
-        "too_short": tokens.solid < [_min_chars(limits, document) for document in is_document],
+        "too_short": tokens.solid < min_chars,
         "too_long": tokens.chars > limits.max_chars,
         "replacement_characters": np.array([text.count("\ufffd") for text in texts])
         > limits.max_replacement * tokens.chars,
-        "few_letters": (tokens.solid >= 100) & (letters < limits.min_letters),
-        "repeated_lines": np.array([repeated_lines(text) for text in texts]) > limits.max_repeated_lines,
-        "top_ngram": counted & (4 * top_ngram(tokens, 4) > limits.max_top_ngram * num_tokens),
-        "repeated_ngrams": counted & (repeated_ngrams(tokens, 12) > limits.max_repeated_ngrams * num_tokens),
+        "few_letters": is_document & (tokens.solid >= 100) & (letters < limits.min_letters),
+        "repeated_lines": np.array([is_text and repeated_lines(text) > limits.max_repeated_lines
+                                    for text, is_text in zip(texts, is_document, strict=True)], bool),
+        "top_ngram": is_document & (num_tokens >= 100) & (4 * top_ngram(tokens, 4) > limits.max_top_ngram * num_tokens),
+        "repeated_ngrams": repeated_ngrams(tokens, 12, max_repeated) > max_repeated,
     }
     reasons = [""] * len(texts)
     for reason, broken in reversed(rules.items()):  # the first rule that is broken names the reason
@@ -116,42 +128,42 @@ def judge(texts: list[str], is_document: list[bool], tokens: Tokens, limits: Lim
     return reasons
 
 
-def _min_chars(limits: Limits, is_document: bool) -> int:
-    return limits.min_chars if limits.min_chars is not None else 20 if is_document else 2
-
-
 def repeated_lines(text: str) -> float:
     """Return the share of characters in lines that stood in the text before; 0 for fewer than 10 lines."""
     lines = [line.strip() for line in text.split("\n")]
     if len(lines) < 10:
         return 0.0
-    again = sum(len(line) * (count - 1) for line, count in Counter(lines).items())
+    again = sum(len(line) * (count - 1) for line, count in Counter(lines).items() if count > 1)
     return again / max(sum(map(len, lines)), 1)
 
 
 def top_ngram(tokens: Tokens, n: int) -> np.ndarray:
     """Return how often the most frequent n-gram of each text occurs: int64 [R]."""
-    keys, text = _keys_per_text(tokens, n)
-    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    keys = np.sort(tokens.keys(*tokens.ngrams(n)))
+    begins = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
     out = np.zeros(len(tokens.chars), np.int64)
-    np.maximum.at(out, text[first], counts)
+    np.maximum.at(out, _text_of(keys[begins]), np.diff(begins, append=len(keys)))
     return out
 
 
-def repeated_ngrams(tokens: Tokens, n: int) -> np.ndarray:
-    """Return how many tokens of each text lie in an n-gram that occurred before in it: int64 [R]."""
-    hashes, start = tokens.ngrams(n)
-    keys, text = scramble(hashes + tokens.text[start].astype(np.uint64)), tokens.text
-    _, first = np.unique(keys, return_index=True)
-    again = np.ones(len(keys), bool)
-    again[first] = False
-    change = np.zeros(len(text) + 1, np.int64)
-    change[start[again]] += 1
-    change[start[again] + n] -= 1
-    return np.bincount(text[np.cumsum(change)[:-1] > 0], minlength=len(tokens.chars))
+def repeated_ngrams(tokens: Tokens, n: int, enough: np.ndarray) -> np.ndarray:
+    """Return how many tokens of each text lie in an n-gram that occurred before in it: int64 [R].
 
-
-def _keys_per_text(tokens: Tokens, n: int) -> tuple[np.ndarray, np.ndarray]:
+    enough: float [R]; where the number cannot exceed it, 0 is returned. That spares nearly all the work.
+    """
     hashes, first = tokens.ngrams(n)
-    text = tokens.text[first]
-    return scramble(hashes + text.astype(np.uint64)), text
+    keys = tokens.keys(hashes, first)
+    in_order = np.sort(keys)
+    repeats = np.bincount(_text_of(in_order[1:][in_order[1:] == in_order[:-1]]), minlength=len(tokens.chars))
+    looked_at = (n * repeats > enough)[tokens.text[first]]
+    keys, first = keys[looked_at], first[looked_at]
+    _, originals = np.unique(keys, return_index=True)
+    again = np.delete(first, originals)
+    change = np.zeros(len(tokens.text) + 1, np.int64)
+    change[again] += 1
+    change[again + n] -= 1
+    return np.bincount(tokens.text[np.cumsum(change)[:-1] > 0], minlength=len(tokens.chars))
+
+
+def _text_of(keys: np.ndarray) -> np.ndarray:
+    return (keys & ((np.uint64(1) << TEXT_BITS) - np.uint64(1))).astype(np.int64)

@@ -16,6 +16,7 @@ from dataset.jsonl import read_rows
 from dataset.text_tokens import Tokens, tokenize
 
 WORDS, IDEOGRAPHS = 13, 20
+MOST = 0.6
 SHARED = 3  # an n-gram in that many items is phrasing
 FILTER_BITS = 24
 LABELS = frozenset({"subject", "source", "task_id", "phenomenon", "paradigm", "category", "level", "type", "id", "entry_point"})
@@ -42,22 +43,25 @@ class EvaluationIndex:
         maybe = np.flatnonzero(self.coarse[hashes >> np.uint64(64 - FILTER_BITS)])
         place = np.searchsorted(self.hashes, hashes[maybe])
         hit = self.hashes[np.minimum(place, len(self.hashes) - 1)] == hashes[maybe] if len(self.hashes) else maybe < 0
-        texts, items = tokens.text[first[maybe[hit]]], self.owner[place[hit]]
-        found[texts[::-1]] = items[::-1]  # backwards, so that the first one stays
+        at, items = first[maybe[hit]], self.owner[place[hit]]
+        backwards = np.argsort(-at)  # so that the first one stays
+        found[tokens.text[at[backwards]]] = items[backwards]
         return found
 
 
 def content_ngrams(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Return (hashes, first token) of the n-grams that identify content: 13 words, or 20 tokens with an ideograph."""
-    ideographs = np.concatenate([[0], np.cumsum(tokens.ideograph)])
+    """Return (hashes, first token) of the n-grams that identify content: 13 words, or 20 tokens with an ideograph.
+
+    Most of their tokens are ideographs or words of two letters or more: "2 3 5 7 11 13 ..." is in no one's property.
+    """
+    ideographs, content = (np.concatenate([[0], np.cumsum(mask)]) for mask in (tokens.ideograph, tokens.content))
     parts = []
     for n, wants_ideographs in ((WORDS, False), (IDEOGRAPHS, True)):
         hashes, first = tokens.ngrams(n)
         chosen = (ideographs[first + n] > ideographs[first]) == wants_ideographs
+        chosen &= content[first + n] - content[first] >= MOST * n
         parts.append((hashes[chosen], first[chosen]))
-    hashes, first = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    order = np.argsort(first, kind="stable")
-    return hashes[order], first[order]
+    return np.concatenate([parts[0][0], parts[1][0]]), np.concatenate([parts[0][1], parts[1][1]])
 
 
 def build_index(paths: list[str]) -> EvaluationIndex:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataset.text_tokens import Tokens, scramble
+from dataset.text_tokens import TEXT_BITS, Tokens, scramble
 
 NUM_HASHES = 128
 SHINGLE = 3  # tokens: 2% changed words leave J = 0.89, 5% leave 0.75; longer ones lose near-copies, shorter ones find templates
@@ -71,9 +71,10 @@ def band_keys(signature: np.ndarray, numbers: np.ndarray, bands: int, rows: int)
 def number_hashes(tokens: Tokens) -> np.ndarray:
     """Return a hash of the numbers that each text holds, whatever their order and number of times: uint64 [R]."""
     is_number = np.flatnonzero(tokens.digit)
-    pairs = np.unique(np.stack([tokens.text[is_number].astype(np.uint64), tokens.hashes[is_number]]), axis=1)
+    distinct = np.unique(tokens.keys(tokens.hashes[is_number], is_number))
+    owner = (distinct & ((np.uint64(1) << TEXT_BITS) - np.uint64(1))).astype(np.int64)
     out = np.ones(len(tokens.chars), np.uint64)
-    np.add.at(out, pairs[0].astype(np.int64), scramble(pairs[1]))
+    np.add.at(out, owner, scramble(distinct >> TEXT_BITS))
     return out
 
 

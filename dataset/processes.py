@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 
 from dataset.token_cache import num_cores
@@ -33,6 +35,9 @@ def map_in_order(function: Callable, items: Iterable, num_proc: int | None = Non
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError(f"one of {num_proc} processes was killed, most likely because memory ran out. "
+                      "Use fewer: a smaller --num_proc.") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -42,6 +47,7 @@ _function: Callable
 
 def _start_worker(function: Callable) -> None:
     global _function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too, but it is the parent that ends them
     _function = function
 
 

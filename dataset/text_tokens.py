@@ -19,6 +19,7 @@ SPACE, SYMBOL, DIGIT, LETTER, IDEOGRAPH = range(5)
 NO_SPACES = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),  # Thai, Lao, Burmese, Khmer
              (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
              (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x20000, 0x3FFFF))
+TEXT_BITS = np.uint64(20)  # so many texts at once
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, hence invertible modulo 2**64
 BASE_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 2**64))
 
@@ -27,14 +28,16 @@ BASE_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 2**64))
 class Tokens:
     """The tokens of R texts in their order.
 
-    hashes: uint64 [N]. text: int64 [N], the text that a token is in. ideograph, digit: bool [N], one ideograph; a word
-    that begins with a digit. letters, solid, chars: int64 [R], letters and ideographs, all but spaces, all characters.
+    hashes: uint64 [N]. text: int64 [N], the text that a token is in. ideograph, digit, content: bool [N], one ideograph;
+    a word that begins with a digit; an ideograph or a word of two letters or more.
+    letters, solid, chars: int64 [R], letters and ideographs, all but spaces, all characters.
     """
 
     hashes: np.ndarray
     text: np.ndarray
     ideograph: np.ndarray
     digit: np.ndarray
+    content: np.ndarray
     letters: np.ndarray
     solid: np.ndarray
     chars: np.ndarray
@@ -51,16 +54,18 @@ class Tokens:
         count = len(self.hashes)
         powers, inverse = _powers(count)
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(self.hashes * powers)])  # modulo 2**64
-        first = np.arange(max(count - n + 1, 0))
-        first = first[self.text[first] == self.text[first + n - 1]]
-        last = first + n
+        bounds = self.starts()
+        first, end = np.arange(count), bounds[self.text + 1]
+        inside = first + n <= end
         if whole:
-            bounds = self.starts()
-            short = np.flatnonzero((np.diff(bounds) > 0) & (np.diff(bounds) < n))
-            first, last = np.concatenate([first, bounds[short]]), np.concatenate([last, bounds[short + 1]])
-            order = np.argsort(first, kind="stable")
-            first, last = first[order], last[order]
+            inside |= first == bounds[self.text]
+        first = first[inside]
+        last = np.minimum(first + n, end[inside])
         return scramble((sums[last] - sums[first]) * inverse[first]), first
+
+    def keys(self, hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Return hashes of which the low bits name the text instead: sorted, they bring together what repeats in it."""
+        return (hashes << TEXT_BITS) | self.text[first].astype(np.uint64)
 
 
 def tokenize(texts: list[str]) -> Tokens:
@@ -68,13 +73,15 @@ def tokenize(texts: list[str]) -> Tokens:
     codes = np.frombuffer("\0".join([*texts, ""]).lower().encode("utf-32-le"), dtype=np.uint32)
     kind = _kinds()[codes]
     ends = np.flatnonzero(codes == 0)
-    assert len(ends) == len(texts), "a text holds a NUL"
+    assert len(ends) == len(texts) < 1 << int(TEXT_BITS), "a text holds a NUL, or too many texts"
     begins = np.concatenate([[0], ends + 1])
     word = (kind == DIGIT) | (kind == LETTER)
     starts = np.flatnonzero((kind == IDEOGRAPH) | (word & ~np.concatenate([[False], word[:-1]])))
     owner = np.searchsorted(ends, starts)
     token_kind = kind[starts]
-    return Tokens(_hash_tokens(codes, kind > SYMBOL, starts), owner, token_kind == IDEOGRAPH, token_kind == DIGIT,
+    ideograph = token_kind == IDEOGRAPH
+    content = ideograph | ((token_kind == LETTER) & word[starts + 1])  # the last character is a separator: no token starts there
+    return Tokens(_hash_tokens(codes, kind > SYMBOL, starts), owner, ideograph, token_kind == DIGIT, content,
                   letters=_count(kind > DIGIT, begins), solid=_count(kind > SPACE, begins), chars=np.diff(begins) - 1)
 
 
