@@ -3,6 +3,7 @@
 import json
 import lzma
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,25 @@ def test_a_missing_shard_is_named_before_the_others_become_tokens(tokenizer, tmp
     with pytest.raises(ValueError, match=r"b\.jsonl: no such file"):
         PretrainDataset([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer, 64, cache_dir=tmp_path / "cache")
     assert encoded_files == []
+
+
+def test_of_several_runs_that_start_at_once_one_builds_everything(tokenizer, tmp_path, encoded_files):
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(50)])
+    with ThreadPoolExecutor(3) as runs:
+        found = [runs.submit(PretrainDataset, tmp_path, tokenizer, 64, cache_dir=tmp_path / "cache") for _ in range(3)]
+    assert [len(run.result()) for run in found] == [150] * 3
+    assert encoded_files == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_a_build_goes_on_with_the_file_that_stopped_it(tokenizer, tmp_path, encoded_files):
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    write(tmp_path / "b.jsonl", [{"text": "b"}, {"text": 5}])
+    with pytest.raises(ValueError, match=r"b\.jsonl:2"):
+        PretrainDataset(tmp_path, tokenizer, 64, cache_dir=tmp_path / "cache")
+    write(tmp_path / "b.jsonl", [{"text": "b"}, {"text": "5"}])
+    assert len(PretrainDataset(tmp_path, tokenizer, 64, cache_dir=tmp_path / "cache")) == 3
+    assert encoded_files == ["a.jsonl", "b.jsonl", "b.jsonl"]
 
 
 def test_a_dataset_travels_to_loader_processes(sft):
