@@ -29,28 +29,43 @@ class NoTracker:
     def log(self, numbers, step):
         """Report {name: number} after `step` updates; what is not a finite number is left out."""
 
+    def go_back(self, step):
+        """Take back what was reported about later steps than `step`, which the run repeats, as far as the tracker allows."""
+
     def close(self, failed=False):
         """Send what is left, and say whether the run ended well."""
 
 
 class Tracker(NoTracker):
-    """Passes on to `backend`, whose failures cost a warning and never the training."""
+    """Passes on to the backend that `begin(first)` makes, whose later failures cost a warning and never the training."""
 
-    def __init__(self, backend):
-        self.backend = backend
+    def __init__(self, begin, folder, first):
+        self.begin, self.folder = begin, folder
+        self.start(first)
+
+    def start(self, first):
+        self.backend = self.begin(first)
+        for row in read_metrics(self.folder / "metrics.jsonl") if first else []:
+            if row["step"] <= first:
+                self.log(row, row["step"])
 
     def log(self, numbers, step):
         numbers = {name: value for name, value in numbers.items() if name != "step" and is_number(value)}
         if numbers and step >= self.backend.next_step:
-            self.attempt("log", numbers, step)
+            self.attempt(self.backend.log, numbers, step)
+
+    def go_back(self, step):
+        if not isinstance(self.backend, Silent):
+            self.close()
+            self.attempt(self.start, step)
 
     def close(self, failed=False):
-        self.attempt("close", failed)
-        self.backend = Silent()
+        backend, self.backend = self.backend, Silent()
+        self.attempt(backend.close, failed)
 
-    def attempt(self, what, *given):
+    def attempt(self, action, *given):
         try:
-            getattr(self.backend, what)(*given)
+            action(*given)
         except Exception as error:  # of a foreign library, over a network: anything
             print(f"warning: the tracker failed ({type(error).__name__}: {error}); training goes on without it, "
                   "and metrics.jsonl has everything")
@@ -67,7 +82,7 @@ class Silent:
 
 
 class WandB:
-    """Weights & Biases. Numbers of one step become one row; rows may not go back."""
+    """Weights & Biases. Numbers of one step become one row; what its server has of a step cannot be replaced."""
 
     def __init__(self, run_id, args, folder, config, first):
         wandb = load("wandb")
@@ -137,7 +152,7 @@ def open_tracker(args, folder, config, *, first):
         return NoTracker()
     folder = Path(folder)
     try:
-        backend = BACKENDS[kind](run_id(folder, first), args, folder, config, first)
+        return Tracker(lambda first: BACKENDS[kind](run_id(folder, first), args, folder, config, first), folder, first)
     except ImportError:
         raise
     except Exception as error:  # of a foreign library: not logged in, no network, no disk
@@ -145,11 +160,6 @@ def open_tracker(args, folder, config, *, first):
         way_out = f" Log in with {login}, or set {offline} to keep it on this machine." if login else ""
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"--tracker {kind} could not start: {reason}.{way_out}") from error
-    tracker = Tracker(backend)
-    for row in read_metrics(folder / "metrics.jsonl") if first else []:
-        if row["step"] <= first:
-            tracker.log(row, row["step"])
-    return tracker
 
 
 def run_id(folder, first):

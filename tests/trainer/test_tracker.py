@@ -128,6 +128,23 @@ def test_a_tracker_that_was_not_there_before_gets_the_whole_run(tmp_path):
     assert [event.step for event in EventAccumulator(str(run)).Reload().Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
+def test_steps_that_are_repeated_replace_the_first_try(tmp_path):
+    """The run goes back to step 4 within one process: the curve is that of the second try."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_tracker(settings(tracker="tensorboard"), tmp_path, {}, first=0) as tracker:
+        for step in range(1, 9):
+            tracker.log({"loss": 9.0 - step}, step)
+        write_metrics(tmp_path)
+        tracker.go_back(4)
+        for step in range(5, 8):
+            tracker.log({"loss": 0.5}, step)
+    (run,) = (tmp_path / "tensorboard").iterdir()
+    events = EventAccumulator(str(run)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 8), (2, 7), (3, 6), (4, 5), (5, 0.5), (6, 0.5), (7, 0.5)]
+
+
 @pytest.fixture
 def fake_wandb(monkeypatch):
     """A wandb that remembers what it was given; `step` is the first that its server lacks."""
@@ -185,6 +202,7 @@ def test_a_failing_tracker_costs_one_warning(tmp_path, fake_wandb, capsys):
     fake_wandb.run.rows = None  # so that log fails
     for step in range(3):
         tracker.log({"loss": 1.0}, step)
+    tracker.go_back(1)
     tracker.close()
     assert capsys.readouterr().out.count("warning: the tracker failed (AttributeError") == 1 and fake_wandb.run.exit_code is None
 
@@ -194,7 +212,7 @@ def test_one_that_cannot_start_says_what_to_do(tmp_path, fake_wandb, monkeypatch
         raise RuntimeError("no API\nkey.")
 
     fake_wandb.init = refuse
-    with pytest.raises(ValueError, match=r"--tracker wandb could not start: no API key. Log in with .*, or set WANDB_MODE=offline"):
+    with pytest.raises(ValueError, match=r"--tracker wandb could not start: no API key. Log in with .* WANDB_MODE=offline"):
         open_tracker(settings(use_wandb=True), tmp_path, {}, first=0)
     for name in ("wandb", "swanlab", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
