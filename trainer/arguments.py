@@ -142,6 +142,7 @@ class TrainArgs:
     deterministic: bool = arg(False, "on a GPU use kernels that always sum in the same order: slower, resumes bit for bit")
     num_workers: int | None = arg(None, "processes that build batches beside training (default: 2 with a GPU, else none)")
     num_proc: int | None = arg(None, "processes that turn text into tokens (default: all cores)")
+    cache_dir: str = arg(str(ROOT / "dataset" / "cache"), "folder for the tokens of the data, made once")
     bad_rows: str = arg("stop", "a faulty row stops the run, or is counted and skipped", choices=["stop", "skip"])
     val_path: list[str] = arg([], "validate on these files, each by itself, in place of a share of the data", nargs="+")
     val_share: float = arg(0.01, "share of the documents held out for validation; 0: none")
@@ -161,7 +162,7 @@ class TrainArgs:
     local_rank: int = arg(0, "given by the deepspeed launcher to its processes")
 
     # what may change between an interrupted run and its resumption: it decides no number, or is compared in another way
-    FREE = ("save_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "num_proc", "log_interval", "save_interval",
+    FREE = ("save_dir", "cache_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "num_proc", "log_interval", "save_interval",
             "inspect", "json", "from_weight", "batch_size", "accumulation_steps", "use_compile", "gradient_checkpointing",
             "deepspeed", "deterministic", "keep", "max_bad_steps", "use_wandb", "tracker", "wandb_project", "wandb_run_name",
             "local_rank")

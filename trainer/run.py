@@ -1,6 +1,7 @@
 """Where a run computes: devices, ranks, arithmetic, seeds, and one optimizer step in its right order."""
 
 import ctypes
+import inspect
 import os
 import random
 import signal
@@ -101,8 +102,11 @@ class Run(Compute):
             self.engine = Sharded(net, model, optimizer, self)
             net = self.engine.engine
         elif self.ranks.world_size > 1:
+            # the experts' counters are each rank's own; what forbids to share them was renamed after torch 2.11
+            known = inspect.signature(DistributedDataParallel).parameters
+            own_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
             devices = [self.device.index] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True, **own_buffers)
         self.net = net
         return net
 

@@ -65,8 +65,9 @@ def main(argv=None):
 
         def build(paths):
             return SFTDataset(
-                paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, num_proc=args.num_proc, seed=args.seed,
-                system_prompt_share=args.system_prompt_share, empty_think_share=args.empty_think_share)
+                paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, cache_dir=args.cache_dir, num_proc=args.num_proc,
+                seed=args.seed, system_prompt_share=args.system_prompt_share,
+                empty_think_share=args.empty_think_share)
 
         dataset = build(args.data_path)
         if args.inspect:

@@ -54,7 +54,8 @@ def main(argv=None):
         folder = run_folder(args, model.config, run.ranks)
 
         def build(paths):
-            return PretrainDataset(paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, num_proc=args.num_proc)
+            return PretrainDataset(paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, cache_dir=args.cache_dir,
+                                   num_proc=args.num_proc)
 
         dataset = build(args.data_path)
         if args.inspect:

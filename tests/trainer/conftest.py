@@ -23,15 +23,11 @@ def flags(rows, tmp_path):
     """flags(stage, **changes): a short run of the stage as a list of command-line arguments."""
     def make(stage="pretrain", **changes):
         options = {"data_path": rows[stage], "save_dir": tmp_path / "out", "max_seq_len": 64, "batch_size": 2, "val_share": 0.1,
-                   "val_interval": 4, "save_interval": 4, "log_interval": 1, "max_steps": 8, "num_proc": 1, **changes}
+                   "val_interval": 4, "save_interval": 4, "log_interval": 1, "max_steps": 8, "num_proc": 1,
+                   "cache_dir": tmp_path / "cache", **changes}
         if stage == "sft":
             options.setdefault("from_weight", "none")
         shape = [] if options.get("from_weight", "none") != "none" else SHAPE
         return [*shape, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
     return make
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Token caches go into the test's folder."""
-    monkeypatch.setattr("dataset.lm_dataset.DEFAULT_CACHE", tmp_path / "cache")

@@ -210,7 +210,6 @@ def test_a_full_disk_while_saving_loses_nothing(flags, tmp_path, monkeypatch):
     assert_same(weights(folder), at_4)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-4"]
     monkeypatch.undo()
-    monkeypatch.setattr("dataset.lm_dataset.DEFAULT_CACHE", tmp_path / "cache")
     train_pretrain.main([*flags(max_steps=8, save_interval=4), "--from_resume"])
     assert_same(weights(folder), before)
 

@@ -1,0 +1,250 @@
+"""Runs that are killed, interrupted, or fed with what is not finite: they end as if nothing had happened, or say why not."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import train_full_sft, train_pretrain
+from trainer.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}
+CLOCK = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gb")
+
+
+def figures(folder):
+    return [{name: x for name, x in row.items() if name not in CLOCK} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same_end(a, b):
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert figures(a) == figures(b)
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """spawn(flags): train in a process of its own, forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.train_pretrain"])
+
+    def start(flags, main=train_pretrain.main):
+        process = context.Process(target=main, args=(flags,))
+        process.start()
+        return process
+    return start
+
+
+def wait_until(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and process.is_alive():
+        assert time.monotonic() < end, "the run does not get on"
+        time.sleep(0.001)
+
+
+def test_25_kills_at_random_moments_leave_no_trace(flags, spawn, tmp_path):
+    """SIGKILL between and within saves; the run is started again each time and ends bit for bit like the one left alone."""
+    options = dict(max_steps=90, epochs=20, save_interval=1, val_interval=30)
+    train_pretrain.main(flags(save_dir=tmp_path / "whole", **options))
+    checkpoints, draw, within_a_save = tmp_path / "out" / NAMES["pretrain"] / "checkpoints", random.Random(0), 0
+
+    def newest():
+        return max((int(path.name.split("-")[1]) for path in checkpoints.glob("step-*")), default=0)
+
+    for kill in range(25):
+        process, before = spawn([*flags(**options), "--from_resume"]), newest()
+        steps = draw.choice((1, 2, 3))
+        wait_until(lambda: newest() >= before + steps, process)
+        if kill % 2:
+            wait_until(lambda: any(checkpoints.glob(".step-*")), process)
+        time.sleep(draw.random() * 0.02)
+        assert process.is_alive(), "the run was over before it was killed often enough"
+        process.kill()
+        process.join()
+        within_a_save += any(checkpoints.glob(".step-*"))
+    assert within_a_save >= 3
+    train_pretrain.main([*flags(**options), "--from_resume"])
+    assert_same_end(tmp_path / "out" / NAMES["pretrain"], tmp_path / "whole" / NAMES["pretrain"])
+    assert not list(checkpoints.glob(".step-*"))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_a_step_and_it_goes_on(number, status, flags, spawn, tmp_path):
+    options = dict(max_steps=300, epochs=60, val_interval=300, save_interval=300)
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    train_pretrain.main(flags(save_dir=tmp_path / "whole", **options))
+    process = spawn(flags(**options))
+    wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) > 5, process)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == status
+    step, = (int(path.name.split("-")[1]) for path in (folder / "checkpoints").iterdir())
+    assert 5 < step < 300
+    train_pretrain.main([*flags(**options), "--from_resume"])
+    assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    from trainer.stop_signals import StopSignals
+
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)  # no second Ctrl-C
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Poison:
+    """Makes the loss of chosen calls of the network's forward nan; counts optimizer steps from 0, over resumptions too."""
+
+    def __init__(self, monkeypatch, bad):
+        self.step = None
+        seed, forward = train_pretrain.Run.seed, train_pretrain.Run.backward
+
+        def remember(run, step):
+            self.step = step
+            seed(run, step)
+
+        def poisoned(run, loss):
+            forward(run, loss * float("nan") if bad(self.step, run.guard.learning_rate_share) else loss)
+
+        monkeypatch.setattr(train_pretrain.Run, "seed", remember)
+        monkeypatch.setattr(train_pretrain.Run, "backward", poisoned)
+
+
+def test_a_bad_step_is_not_applied_and_its_rows_are_written(flags, tmp_path, monkeypatch, capsys):
+    Poison(monkeypatch, lambda step, share: step == 5)
+    train_pretrain.main(flags(max_steps=8))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[5]["grad_norm"] is None
+    assert all(row["grad_norm"] for row in rows[:5] + rows[6:])
+    text = (folder / "bad_steps" / "step-5-rank-0.jsonl").read_text()
+    assert "make" in text and "not applied" in capsys.readouterr().out
+    state = torch.load(folder / "checkpoints" / "step-8" / "training_state.pt", weights_only=True)
+    assert state["optimizer"]["state"][0]["step"] == 7  # updates that were applied
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_after_some_bad_steps_in_a_row_the_run_goes_back_once_with_a_lower_rate(dtype, flags, tmp_path, monkeypatch, capsys):
+    Poison(monkeypatch, lambda step, share: step in (5, 6, 7) and share == 1)
+    options = dict(max_steps=12, epochs=3, max_bad_steps=3, schedule="wsd", decay_share=0, warmup_share=0, dtype=dtype)
+    if dtype == "float16":
+        monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 1.0)  # no room below: no overflow that it can mend
+    train_pretrain.main(flags(**options))
+    assert "back to step 4, with half the learning rate" in capsys.readouterr().out
+    rows = [row for row in read_metrics(tmp_path / "out" / NAMES["pretrain"] / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["learning_rate"] for row in rows] == [2e-3] * 4 + [1e-3] * 8
+
+
+def test_what_the_guard_decided_is_resumed_too(flags, tmp_path, monkeypatch):
+    Poison(monkeypatch, lambda step, share: step in (5, 6) and share == 1)
+    options = dict(max_steps=12, epochs=3, max_bad_steps=2)
+    train_pretrain.main(flags(save_dir=tmp_path / "whole", **options))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    wait = train_pretrain.Checkpoint.save
+
+    def power_cut(self, step, targets):
+        wait(self, step, targets)
+        self.wait()
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pretrain.Checkpoint, "save", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            train_pretrain.main(flags(**options))
+    train_pretrain.main([*flags(**options), "--from_resume"])
+    assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
+
+
+def test_a_run_that_stays_bad_stops_and_keeps_the_good_checkpoint(flags, tmp_path, monkeypatch):
+    Poison(monkeypatch, lambda step, share: step >= 5)
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row .*half the learning rate too.*bad_steps.*--learning_rate"):
+        train_pretrain.main(flags(max_steps=12, epochs=3, max_bad_steps=2))
+    checkpoints = tmp_path / "out" / NAMES["pretrain"] / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-4"]
+    monkeypatch.undo()
+    Poison(monkeypatch, lambda step, share: True)
+    with pytest.raises(FloatingPointError, match="no checkpoint to go back to"):
+        train_pretrain.main(flags(save_dir=tmp_path / "other", max_steps=12, epochs=3, max_bad_steps=2))
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "progress.json", "manifest.json"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(harm, name, flags, tmp_path, capsys):
+    train_pretrain.main(flags())
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    whole = (folder / "model.safetensors").read_bytes()
+    path = folder / "checkpoints" / "step-8" / name
+    data = bytearray(path.read_bytes())
+    if harm == "truncated":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    train_pretrain.main([*flags(), "--from_resume"])
+    out = capsys.readouterr().out
+    assert "falling back on the checkpoint before it" in out and "going on after step 4" in out
+    assert (name if name != "manifest.json" else "step-8") in out
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_lost(flags, tmp_path):
+    options = dict(max_steps=12, epochs=3)
+    train_pretrain.main(flags(**{**options, "max_steps": 8}))
+    folder = tmp_path / "out" / NAMES["pretrain"] / "checkpoints"
+    before = sorted(folder.rglob("*"))
+    (tmp_path / "out" / "wrong_32x2").write_text("a file where the run's folder would be")
+    with pytest.raises((OSError, ValueError), match="wrong_32x2"):
+        train_pretrain.main(flags(save_weight="wrong", **options))
+    assert sorted(folder.rglob("*")) == before
+
+
+def children(pid):
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_killed_rank_comes_back_from_the_last_checkpoint(flags, tmp_path):
+    """Under torchrun --max-restarts: both ranks are started again and end like two that nobody touched."""
+    options = dict(max_steps=60, epochs=20, save_interval=5, val_interval=60)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1",
+               "--monitor-interval", "0.1", str(ROOT / "trainer" / "train_pretrain.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = [*command, *flags(save_dir=tmp_path / "whole", **options)]
+    subprocess.run(whole, check=True, capture_output=True, env=environment, timeout=120)
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    process = subprocess.Popen([*command, *flags(**options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+                               text=True)
+    end = time.monotonic() + 60
+    while not list((folder / "checkpoints").glob("step-*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    second, = (pid for pid in children(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "going on after step" in out
+    assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
+
+
+def test_full_sft_stops_and_resumes_as_well(flags, tmp_path, monkeypatch):
+    options = dict(max_steps=8, save_interval=100)
+    train_full_sft.main(flags("sft", save_dir=tmp_path / "whole", **options))
+    monkeypatch.setattr(train_full_sft.Run, "stop_asked", lambda run: True)
+    with pytest.raises(SystemExit):
+        train_full_sft.main(flags("sft", **options))
+    monkeypatch.undo()
+    train_full_sft.main([*flags("sft", **options), "--from_resume"])
+    assert_same_end(tmp_path / "out" / NAMES["sft"], tmp_path / "whole" / NAMES["sft"])
