@@ -1,8 +1,8 @@
 """Clean whole corpora: judge every row, find duplicates across all files, write what is left and say why the rest went.
 
 Two passes over the files, which are never held in memory. The first one judges rows in all cores and keeps of each a
-hash and a MinHash signature, in a temporary folder beside the output (about 720 bytes a row at the default threshold;
-some 50 bytes a row in memory while duplicates are sought). The second one writes. Rows are handled in their order, so
+hash and a MinHash signature, in a temporary folder beside the output (969 bytes a row at the default threshold; some
+60 bytes a row in memory while duplicates are sought). The second one writes. Rows are handled in their order, so
 the result does not depend on the number of processes. clean_ray.py runs the first pass on a cluster.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import near_duplicates as near
-from dataset.cleaning import Limits, judge, normalize_row, row_text, text_key
+from dataset.cleaning import Limits, judge, normalize_row, row_answers, row_text, text_key
 from dataset.contamination import EvaluationIndex
 from dataset.jsonl import iter_lines, parse_row
 from dataset.processes import map_in_order
 from dataset.text_tokens import tokenize
-from dataset.whole_file import whole_file
+from dataset.whole_file import check_name, whole_file
 
 REASONS = ("", "bad_row", "too_short", "too_long", "replacement_characters", "few_letters", "repeated_lines", "top_ngram",
            "repeated_ngrams", "contaminated", "exact_duplicate", "near_duplicate")
@@ -72,7 +72,7 @@ class Analysis(NamedTuple):
     size: np.ndarray  # int64 [R], bytes of the line
     reason: np.ndarray  # uint8 [R], index into REASONS
     key: np.ndarray  # uint64 [R, 2], equal where the text is
-    signature: np.ndarray  # uint32 [R, K]
+    signature: np.ndarray  # uint32 [R, K + 2 * ANSWER_HASHES]
     bands: np.ndarray  # uint64 [R, b]
     details: dict[int, str]  # place -> what more there is to say
 
@@ -103,15 +103,17 @@ class Analyzer:
                 reason[i], details[int(place[i])] = CODES["contaminated"], f"shares text with {self.index.places[items[i]]}"
         size = np.array([len(line.encode()) + 1 for _, line in block.lines], np.int64)
         key = np.frombuffer(b"".join(map(text_key, texts)), np.uint64).reshape(-1, 2)
-        return Analysis(place, size, reason, key, *self._signatures(tokens, is_document), details)
+        return Analysis(place, size, reason, key, *self._signatures(tokens, rows, is_document), details)
 
-    def _signatures(self, tokens, is_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        count = len(is_document)
+    def _signatures(self, tokens, rows: list, is_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = len(rows)
         if not self.options.threshold:
             return np.zeros((count, 0), np.uint32), np.zeros((count, 0), np.uint64)
         matter = {"yes": np.ones(count, bool), "no": np.zeros(count, bool), "auto": ~is_document}
         numbers = near.number_hashes(tokens) * matter[self.options.numbers]
-        signature = near.signatures(tokens)
+        answers = zip(*(("", "") if row is None else row_answers(row) for row in rows), strict=True)
+        signature = np.hstack([near.signatures(tokens)] + [
+            near.signatures(tokenize(list(texts)), near.ANSWER_HASHES) for texts in answers])
         return signature, near.band_keys(signature, numbers, *near.bands_for(self.options.threshold))
 
 
@@ -127,9 +129,12 @@ class Verdicts:
     details: dict[int, str] = field(default_factory=dict)
 
 
-def iter_blocks(paths: list[str]) -> Iterator[LineBlock]:
-    """Yield the lines of files, some BLOCK_CHARS at a time; blocks never depend on the number of processes."""
-    for file_index, path in enumerate(paths):
+def iter_blocks(paths: list[str], first: int = 0) -> Iterator[LineBlock]:
+    """Yield the lines of files, some BLOCK_CHARS at a time; blocks never depend on the number of processes.
+
+    first: the index of the first of these files in the corpus.
+    """
+    for file_index, path in enumerate(paths, start=first):
         lines, chars = [], 0
         for line_no, line in iter_lines(path):
             lines.append((line_no, line))
@@ -288,6 +293,8 @@ def clean(paths: list[str], out: str, options: CleanOptions, index: EvaluationIn
           num_proc: int | None = None, engine: str = "local") -> Report:
     """Clean files into one and return the report; see the module. engine: "local" or "ray"."""
     options.check()
+    for path in [out, rejected] if rejected else [out]:
+        check_name(path)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".cleaning-", dir=Path(out).parent))
     try:

@@ -22,7 +22,8 @@ from dataset.text_tokens import TEXT_BITS, Tokens
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\xad\u200b\u2060\ufeff]")
 LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 UNCLEAN = re.compile(f"{INVISIBLE.pattern[:-1]}\r\x0b\x0c\x85\u2028\u2029]")
-SEGMENT_KEYS = ("text", "conversations", "chosen", "rejected", "answer", "gt")
+MAIN_KEYS = ("text", "conversations", "chosen", "rejected")
+VERIFIED = ("answer", "gt")
 CONVERSATION_REPEATS = 0.8
 MESSAGE_KEYS = ("content", "reasoning_content", "tools", "tool_calls")
 
@@ -77,17 +78,36 @@ def row_text(row: dict) -> str:
     """Return all text of a row, one segment after the other: what filters and de-duplication judge.
 
     Of messages that is content, reasoning, tools and calls; a segment that comes twice (the prompt of a preference
-    row) counts once. A row of another form gives all its strings.
+    row) counts once. A row of another form than dataset.md has gives all its strings.
     """
+    if not any(key in row for key in MAIN_KEYS):
+        return "\n".join(_strings(row))
     segments = []
-    for key in SEGMENT_KEYS:
-        value = row.get(key)
-        for part in value if isinstance(value, list) else [value]:
-            segments += map(part.get, MESSAGE_KEYS) if isinstance(part, dict) else [part]
-    if not any(key in row for key in SEGMENT_KEYS):
-        segments = list(_strings(row))
-    as_text = (part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in segments if part)
-    return "\n".join(dict.fromkeys(as_text))
+    for key in (*MAIN_KEYS, *VERIFIED):
+        segments += _segments(row.get(key))
+    return "\n".join(dict.fromkeys(segments))
+
+
+def row_answers(row: dict) -> tuple[str, str]:
+    """Return what two rows must share to be near-duplicates, however much else they share, such as a long passage.
+
+    That is all that the assistant says and the verifier checks, and for a preference row the last message of either side.
+    """
+    if "chosen" in row and "rejected" in row:
+        return tuple("\n".join(_segments(row[side][-1:] if isinstance(row[side], list) else row[side]))
+                     for side in ("chosen", "rejected"))
+    messages = row.get("conversations")
+    said = [message for message in messages if isinstance(message, dict) and message.get("role") == "assistant"] \
+        if isinstance(messages, list) else []
+    return "\n".join(_segments([*said, *(row.get(key) for key in VERIFIED)])), ""
+
+
+def _segments(value) -> list[str]:
+    """Return the texts in a string, a message, or a list of them."""
+    parts = []
+    for part in value if isinstance(value, list) else [value]:
+        parts += map(part.get, MESSAGE_KEYS) if isinstance(part, dict) else [part]
+    return [part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in parts if part]
 
 
 def _strings(value):

@@ -7,8 +7,10 @@ candidates whose estimate reaches the threshold are linked; of linked texts the 
 
 Our own arrays instead of a library: measured on English text, one core, datasketch 2.0 signs 4 MB/s; rensa 0.5 signs
 quickly (over 200 MB/s), but it is fed lists of strings, which Python makes at 8 MB/s. The arrays of text_tokens.py cost
-less than that in all, and the signature is a dozen lines. Kept per text: 4 * NUM_HASHES + 8 * bands bytes on disk
-(680 at the default threshold), about 50 bytes in memory.
+less than that in all, and the signature is a dozen lines.
+
+Long texts may be alike in all but what matters: questions about one passage, answers of which one is preferred, word
+problems of one template. So answers have signatures of their own, and numbers must be the same where they matter.
 
 R texts, K = NUM_HASHES, b bands.
 """
@@ -20,6 +22,7 @@ import numpy as np
 from dataset.text_tokens import TEXT_BITS, Tokens, scramble
 
 NUM_HASHES = 128
+ANSWER_HASHES, SLACK = 32, 0.1
 SHINGLE = 3  # tokens: 2% changed words leave J = 0.89, 5% leave 0.75; longer ones lose near-copies, shorter ones find templates
 RECALL = 0.99  # chance that a pair exactly at the threshold becomes a candidate
 EMPTY = 0xFFFFFFFF  # the signature of a text without a token
@@ -36,17 +39,17 @@ def bands_for(threshold: float) -> tuple[int, int]:
     return NUM_HASHES, 1
 
 
-def signatures(tokens: Tokens, shingle: int = SHINGLE) -> np.ndarray:
-    """Return the minima of each text's n-grams under K hash functions: uint32 [R, K]."""
-    hashes, first = tokens.ngrams(shingle, whole=True)
-    out = np.full((len(tokens.chars), NUM_HASHES), EMPTY, np.uint32)
+def signatures(tokens: Tokens, num_hashes: int = NUM_HASHES) -> np.ndarray:
+    """Return the minima of each text's n-grams under K = num_hashes hash functions: uint32 [R, K]."""
+    hashes, first = tokens.ngrams(SHINGLE, whole=True)
+    out = np.full((len(tokens.chars), num_hashes), EMPTY, np.uint32)
     if not len(hashes):
         return out
     owner = tokens.text[first]
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
     low = (hashes >> np.uint64(32)).astype(np.uint32)  # 32 bits go through the processor's vector units twice as fast
     multiply, add = _hash_functions()
-    for k in range(NUM_HASHES):
+    for k in range(num_hashes):
         out[owner[starts], k] = np.minimum.reduceat(low * multiply[k] + add[k], starts)
     return out
 
@@ -88,7 +91,7 @@ def buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def link_buckets(members: np.ndarray, starts: np.ndarray, signature: np.ndarray, threshold: float, parents: Parents) -> None:
-    """Link the members of each bucket whose signatures agree in at least `threshold` of the minima.
+    """Link the members of each bucket that are alike.
 
     Each member is compared with the bucket's first; those that differ from it form a bucket of their own, and so on:
     as many comparisons as the bucket has kinds of text, not all pairs.
@@ -101,17 +104,25 @@ def link_buckets(members: np.ndarray, starts: np.ndarray, signature: np.ndarray,
         leader = members[leads][np.cumsum(leads) - 1]
         rest = ~leads
         members, leader, group = members[rest], leader[rest], group[rest]
-        alike = agreement(signature, leader, members) >= threshold
-        parents.link(leader[alike], members[alike])
-        members, group = members[~alike], group[~alike]
+        same = alike(signature, leader, members, threshold)
+        parents.link(leader[same], members[same])
+        members, group = members[~same], group[~same]
 
 
-def agreement(signature: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return the estimated Jaccard similarity of texts left[i] and right[i]: float64 [pairs]."""
-    out = np.empty(len(left))
+def alike(signature: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
+    """Tell whether texts left[i] and right[i] are near-duplicates: bool [pairs].
+
+    signature: uint32 [R, K + 2 * ANSWER_HASHES], of the whole text and of two parts of it that must be alike too; short
+    signatures estimate roughly, so these have some slack.
+    """
+    out = np.empty(len(left), bool)
     for i in range(0, len(left), PAIRS_AT_A_TIME):
         part = slice(i, i + PAIRS_AT_A_TIME)
-        out[part] = (signature[left[part]] == signature[right[part]]).mean(axis=1)
+        equal = signature[left[part]] == signature[right[part]]
+        whole, *parts = np.split(equal, [NUM_HASHES, NUM_HASHES + ANSWER_HASHES], axis=1)
+        out[part] = whole.mean(axis=1) >= threshold
+        for answer in parts:
+            out[part] &= answer.mean(axis=1) >= threshold - SLACK
     return out
 
 

@@ -146,7 +146,7 @@ def run_clean(args: CleanArgs) -> dict:
     if index:
         figures |= {"evaluation_items": len(index.places), "evaluation_items_too_short": index.short}
         print(f"evaluation: {len(index.places):,} items, {index.short:,} of them too short to be looked for")
-    print(f"{report}\n{report.bytes_read / 1e6:,.1f} MB, {seconds:,.1f} s, {report.bytes_read / 1e6 / seconds:,.1f} MB/s\n{args.out}")
+    print(f"{report}\n{seconds:,.1f} s, {report.bytes_read / 1e6 / seconds:,.1f} MB/s\n{args.out}")
     return figures
 
 

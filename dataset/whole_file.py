@@ -9,12 +9,17 @@ from pathlib import Path
 WRITERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 
 
+def check_name(path: str | Path) -> None:
+    """ValueError unless the file's ending is one that can be written."""
+    if Path(path).suffix not in WRITERS:
+        raise ValueError(f"{path}: unknown file type. Give a name that ends in .jsonl, .jsonl.gz or .jsonl.xz.")
+
+
 @contextmanager
 def whole_file(path: str | Path):
     """Open a file for text in UTF-8; after an error there is no file, or the former one. ValueError: unknown ending."""
     path = Path(path)
-    if path.suffix not in WRITERS:
-        raise ValueError(f"{path}: unknown file type. Give a name that ends in .jsonl, .jsonl.gz or .jsonl.xz.")
+    check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
