@@ -19,18 +19,17 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # of the group, after one of it died
         self.is_first = self.rank == 0
-
-    @property
-    def is_restart(self):
-        """Whether torchrun (--max-restarts) starts this group again after one of its processes died."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
     def start(self, device):
         """Join the group: nccl between GPUs, gloo between CPUs."""
         self.device = device
         if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            # torchrun's store outlives a restart: a rank that is early must not find the addresses of the dead there
+            store = dist.PrefixStore(f"attempt-{self.restarts}", store)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
 
     def sum(self, number):
         """The sum of a number (or a tensor of one element) over all ranks, as a float; a wait for the slowest."""

@@ -88,7 +88,7 @@ def run_folder(args, config, ranks=None):
     ValueError if the folder holds another run and neither --from_resume nor --overwrite says what to do with it. Ranks
     that torchrun has started again, after one of them died, resume.
     """
-    if ranks and ranks.is_restart:
+    if ranks and ranks.restarts:
         args.from_resume, args.overwrite = True, False
     folder = Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
     steps = [int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")]

@@ -1,0 +1,125 @@
+"""Several ranks learn what one rank learns: data-parallel and sharded, also when their number changes on the way."""
+
+import importlib.util
+import json
+
+import pytest
+from ranks import MAIN, run_ranks
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trainer.metrics import read_metrics
+
+NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
+
+
+def assert_close_runs(a, b, steps):
+    """Same weights, losses, gradient norms and validation numbers within float error."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert ours.keys() == theirs.keys()
+    for name in ours:  # 20 updates of up to 2e-3; AdamW makes much of the rounding of the few gradients that are near 0
+        difference = (ours[name] - theirs[name]).abs()
+        assert difference.max() < 1e-4 and difference.mean() < 2e-7
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (a, b)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] and rows[0][-1]["step"] == steps
+    for one, other in zip(*rows):
+        assert one.keys() == other.keys()
+        for name in {"loss", "val_loss/held_out", "val_bpb/held_out", "targets", "grad_norm"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=5e-4 if name == "grad_norm" else 2e-5)
+
+
+@pytest.mark.parametrize("moe", [0, 1])
+@pytest.mark.parametrize("stage", NAMES)
+def test_two_ranks_learn_what_one_learns(stage, moe, flags, tmp_path):
+    """20 steps over two epochs, whose last steps have fewer rows than ranks can share evenly."""
+    options = dict(max_steps=20, epochs=20, max_seq_len=32, save_interval=50, val_interval=10, use_moe=moe)
+    MAIN[stage](flags(stage, save_dir=tmp_path / "one", batch_size=6, accumulation_steps=2, **options))
+    run_ranks(2, stage, flags(stage, save_dir=tmp_path / "two", batch_size=3, accumulation_steps=2, **options))
+    name = NAMES[stage] + ("_moe" if moe else "")
+    assert_close_runs(tmp_path / "one" / name, tmp_path / "two" / name, 20)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", NAMES)
+@pytest.mark.parametrize("config", ["ds_zero1", "ds_zero2", "ds_zero3", "ds_zero2_offload", "ds_zero3_offload"])
+def test_sharded_ranks_learn_what_one_learns(config, stage, flags, tmp_path):
+    options = dict(max_steps=20, epochs=20, max_seq_len=32, save_interval=50, val_interval=10)
+    MAIN[stage](flags(stage, save_dir=tmp_path / "one", batch_size=6, accumulation_steps=2, **options))
+    run_ranks(2, stage, flags(stage, save_dir=tmp_path / "two", batch_size=3, accumulation_steps=2, **options,
+                              deepspeed=f"trainer/{config}.json"))
+    folder = tmp_path / "two" / NAMES[stage]
+    assert_close_runs(tmp_path / "one" / NAMES[stage], folder, 20)
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "Qwen3ForCausalLM"
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path, capsys):
+    options = dict(max_steps=20, epochs=20, max_seq_len=32, save_interval=4, val_interval=10)
+    MAIN["pretrain"](flags(save_dir=tmp_path / "one", batch_size=4, **options))
+    again = [*flags(batch_size=4, **options), "--from_resume"]
+    saved = tmp_path / "out" / NAMES["pretrain"]
+    for ranks, stop in ((1, 8), (2, 16), (1, 20)):
+        stopping = [*again, "--keep", "9"]
+        run_ranks(ranks, "pretrain", stopping) if ranks > 1 else MAIN["pretrain"](stopping)
+        for path in (saved / "checkpoints").iterdir():  # as if the run had ended there
+            if int(path.name.split("-")[1]) > stop:
+                remove(path)
+    assert "2 ranks -> 1" not in capsys.readouterr().err
+    assert_close_runs(tmp_path / "one" / NAMES["pretrain"], saved, 20)
+    progress = json.loads((saved / "checkpoints" / "step-20" / "progress.json").read_text())
+    assert (progress["rows_per_step"], progress["world_size"]) == (4, 1)
+
+
+@needs_deepspeed
+def test_a_run_goes_on_with_another_kind_of_sharding(flags, tmp_path):
+    options = dict(max_steps=20, epochs=20, max_seq_len=32, save_interval=4, val_interval=10, keep=9)
+    MAIN["pretrain"](flags(save_dir=tmp_path / "one", batch_size=4, **options))
+    saved = tmp_path / "out" / NAMES["pretrain"]
+    for config, stop in (("", 4), ("ds_zero1", 8), ("ds_zero3", 12), ("ds_zero2", 16), ("", 20)):
+        more = ["--deepspeed", f"trainer/{config}.json"] if config else []
+        run_ranks(2, "pretrain", [*flags(batch_size=2, **options), *more, "--from_resume"])
+        for path in (saved / "checkpoints").iterdir():
+            if int(path.name.split("-")[1]) > stop:
+                remove(path)
+    assert_close_runs(tmp_path / "one" / NAMES["pretrain"], saved, 20)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("config", ["ds_zero2", "ds_zero3"])
+def test_a_sharded_run_resumes_bit_for_bit(config, flags, tmp_path):
+    options = dict(max_steps=12, epochs=20, max_seq_len=32, save_interval=4, val_interval=6, deepspeed=f"trainer/{config}.json")
+    run_ranks(2, "pretrain", flags(**options))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    whole = (folder / "model.safetensors").read_bytes()
+    remove(folder / "checkpoints" / "step-12")
+    run_ranks(2, "pretrain", [*flags(**options), "--from_resume"])
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("config", ["", pytest.param("ds_zero2", marks=needs_deepspeed),
+                                    pytest.param("ds_zero3", marks=needs_deepspeed)])
+def test_what_is_not_finite_on_one_rank_is_left_out_on_all(config, flags, tmp_path):
+    options = dict(max_steps=8, epochs=20, max_seq_len=32, save_interval=8, val_interval=8)
+    more = ["--deepspeed", f"trainer/{config}.json"] if config else []
+    run_ranks(2, "pretrain", [*flags(**options), *more], poison=(1, 5))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows if row["grad_norm"] is None] == [6]
+    assert all(row["loss"] < 9 for row in rows)  # the weights are not poisoned
+    assert sorted(path.name for path in (folder / "bad_steps").iterdir()) == ["step-5-rank-0.jsonl", "step-5-rank-1.jsonl"]
+
+
+def test_flags_that_ranks_cannot_serve_are_refused(flags, tmp_path):
+    with pytest.raises(ValueError, match=r"ds.json: no such file; trainer/ds_zero2.json is one"):
+        MAIN["pretrain"](flags(deepspeed=tmp_path / "ds.json"))
+    for text, message in (('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}', "leave train_batch_size out, --batch_size"),
+                          ('{"zero_optimization": {"stage": 7}}', "stage is 7; give 1, 2 or 3"), ("{", "ds.json:1: not JSON")):
+        (tmp_path / "ds.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            MAIN["pretrain"](flags(deepspeed=tmp_path / "ds.json"))
+
+
+def remove(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
