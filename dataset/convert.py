@@ -225,8 +225,9 @@ def _as_messages(value):
     """Return messages, one or several, as they are or as JSON, in a list; any other value as it is."""
     found = _as_json(value)
     found = [found] if isinstance(found, dict) else found
-    is_messages = isinstance(found, list) and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in found)
-    return found if is_messages else value
+    if isinstance(found, list) and found and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in found):
+        return found
+    return value
 
 
 def read_any(path: str | Path, split: str = "paragraphs") -> Iterator[tuple[int, dict]]:
@@ -258,7 +259,7 @@ def _read_parquet(path: Path, split: str):
     try:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except OSError as error:  # pyarrow's errors are ValueErrors or OSErrors
+    except (OSError, ValueError) as error:  # what pyarrow raises
         raise ValueError(f"{path}: damaged Parquet file ({error}). Fetch it again.") from error
 
 

@@ -1,0 +1,141 @@
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dataset.chat_format import check_conversation
+from dataset.convert import convert, convert_row, detect, read_any
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+CALL = {"name": "clock", "arguments": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(("format", "row", "wanted"), [
+    ("text", {"text": "T", "url": "u"}, {"text": "T"}),
+    ("text", {"content": "T"}, {"text": "T"}),
+    ("alpaca", {"instruction": "Q", "input": "", "output": "A"}, {"conversations": [USER, ASSISTANT]}),
+    ("alpaca", {"instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["q", "a"]]},
+     {"conversations": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"},
+                        {"role": "assistant", "content": "a"}, {"role": "user", "content": "Q\nI"}, ASSISTANT]}),
+    ("alpaca", {"question": "Q", "answer": "A"}, {"conversations": [USER, ASSISTANT]}),
+    ("alpaca", {"prompt": "Q", "completion": "[1, 2]"},
+     {"conversations": [USER, {"role": "assistant", "content": "[1, 2]"}]}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"},
+     {"conversations": [{"role": "system", "content": "S"}, USER, ASSISTANT]}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": json.dumps(CALL)},
+                                    {"from": "observation", "value": "19:02"}, {"from": "gpt", "value": "A"}],
+                  "tools": json.dumps(TOOLS)},
+     {"conversations": [{"role": "system", "content": "", "tools": json.dumps(TOOLS)}, USER,
+                        {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
+                        {"role": "tool", "content": "19:02"}, ASSISTANT]}),
+    ("messages", {"messages": [{"role": "developer", "content": "S"},
+                               {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                               {**ASSISTANT, "reasoning_content": "R", "refusal": None}]},
+     {"conversations": [{"role": "system", "content": "S"}, USER, {**ASSISTANT, "reasoning_content": "R"}]}),
+    ("messages", {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": CALL}]},
+                               {"role": "tool", "tool_call_id": "1", "content": "19:02"}, ASSISTANT], "tools": TOOLS},
+     {"conversations": [{"role": "system", "content": "", "tools": json.dumps(TOOLS)}, USER,
+                        {"role": "assistant", "content": "", "tool_calls": json.dumps([{"id": "1", "function": CALL}])},
+                        {"role": "tool", "content": "19:02"}, ASSISTANT]}),
+    ("messages", {"conversations": [USER], "answer": "4", "source": "x"}, {"conversations": [USER], "answer": "4"}),
+    ("preference", {"prompt": "Q", "chosen": "A", "rejected": "[]"},
+     {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "[]"}]}),
+    ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "B"}], "prompt": "Q"},
+     {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "B"}]}),
+    ("preference", {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "A"},
+                    "rejected": {"from": "gpt", "value": "B"}, "system": "S"},
+     {"chosen": [{"role": "system", "content": "S"}, USER, ASSISTANT],
+      "rejected": [{"role": "system", "content": "S"}, USER, {"role": "assistant", "content": "B"}]}),
+    ("preference", {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "B"}]},
+     {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "B"}]}),
+])
+def test_formats(format, row, wanted):
+    assert detect(row) == format
+    assert convert_row(row) == convert_row(row, format) == wanted
+    for key, messages in wanted.items():
+        if key in ("conversations", "chosen", "rejected"):
+            check_conversation(messages)
+            assert convert_row(wanted) == wanted  # ours stays ours
+
+
+def test_a_conversion_renders(tmp_path):
+    from transformers import AutoTokenizer
+
+    from dataset.chat_format import encode_conversation
+    from dataset.lm_dataset import ROOT
+
+    row = convert_row({"conversations": [{"from": "human", "value": "time?"},
+                                         {"from": "function_call", "value": json.dumps(CALL)},
+                                         {"from": "observation", "value": "19:02"}, {"from": "gpt", "value": "It is 19:02."}],
+                       "tools": json.dumps(TOOLS)})
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
+    text = tokenizer.decode(encode_conversation(tokenizer, row["conversations"])[0])
+    assert '"clock"' in text and "Oslo" in text and "19:02" in text and "<tool_call>" in text
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"x": 1, "y": 2}, "the keys x, y fit no format"),
+    ({}, r"the keys \(none\) fit no format"),
+    ({"text": " \n"}, "no text"),
+    ({"instruction": "Q", "output": ""}, "no answer, or an empty one"),
+    ({"instruction": "Q", "output": 4}, "output is a int"),
+    ({"instruction": "Q", "output": "A", "history": ["q"]}, "history: a turn is no pair"),
+    ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 0 has the unknown role 'narrator'"),
+    ({"conversations": [{"from": "human", "value": "Q"}]}, "no message of the assistant"),
+    ({"conversations": [{"from": "function_call", "value": "clock"}]}, "message 0: the call is not JSON"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, "content of type NoneType"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "message 0 has a part that is no text"),
+    ({"chosen": "A", "rejected": "B"}, "chosen holds only the answer, and there is no prompt"),
+    ({"prompt": "Q", "chosen": "A", "rejected": ""}, "rejected does not end with an answer"),
+    ({"prompt": "Q", "chosen": "A", "rejected": None}, "rejected is NoneType, or empty"),
+    ({"chosen": [USER, ASSISTANT], "rejected": [{"role": "user", "content": "other"}, ASSISTANT]}, "begin differently"),
+])
+def test_rows_that_fit_nothing(row, message):
+    with pytest.raises(ValueError, match=message):
+        convert_row(row)
+
+
+def test_every_kind_of_file(tmp_path):
+    rows = [{"instruction": "问\n一", "output": "A, \"b\""}, {"instruction": "Q2", "output": "二"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "a.csv").write_text('\ufeffinstruction,output\n"问\n一","A, ""b"""\nQ2,二\n', encoding="utf-8")
+    (tmp_path / "a.tsv").write_text('instruction\toutput\n"问\n一"\t"A, ""b"""\nQ2\t二\n', encoding="utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name, second in (("json", 2), ("jsonl", 2), ("csv", 4), ("tsv", 4), ("parquet", 2)):
+        assert list(read_any(tmp_path / f"a.{name}"))[1] == (second, rows[1]), name
+        assert [row for _, row in read_any(tmp_path / f"a.{name}")] == rows, name
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone\ntwo\n\n \nthree\n", encoding="utf-8")
+    assert list(read_any(tmp_path / "a.txt")) == [(1, {"text": "one\ntwo"}), (5, {"text": "three"})]
+    assert [row["text"] for _, row in read_any(tmp_path / "a.txt", "lines")] == ["one", "two", "three"]
+    assert [row["text"] for _, row in read_any(tmp_path / "a.txt", "file")] == ["one\ntwo\n\n \nthree\n"]
+
+
+def test_a_bad_row_stops_or_is_named(tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out" / "b.jsonl.gz"
+    source.write_text('{"text": "T"}\n\n{"x": 1}\n{"instruction": "Q", "output": "A"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.jsonl:3: the keys x fit no format"):
+        convert([str(source)], str(out))
+    assert not out.exists() and not list(out.parent.iterdir())
+    report = convert([str(source)], str(out), bad_rows="skip")
+    assert (report.rows_read, report.rows_written, report.rows_skipped) == (3, 2, 1)
+    assert report.formats == {"text": 1, "alpaca": 1} and "a.jsonl:3" in str(report)
+    assert [row for _, row in read_any(out)] == [{"text": "T"}, {"conversations": [USER, ASSISTANT]}]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.json", b'{"text": "T"}', "no list of objects"), ("a.json", b"[", "not JSON in UTF-8"),
+    ("a.txt", "中".encode("gbk"), "not UTF-8"), ("a.csv", b"text\n\xff\xfe\n", "no row of a table in UTF-8"),
+    ("a.parquet", b"PAR1", "damaged Parquet file"), ("a.doc", b"x", "unknown file type"),
+])
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_any(tmp_path / name))
+    with pytest.raises(ValueError, match="no such file"):
+        read_any(tmp_path / "none.jsonl")

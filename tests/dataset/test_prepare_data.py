@@ -1,0 +1,161 @@
+import gzip
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset import clean_corpus, processes
+from dataset.clean_corpus import CleanOptions, clean
+from dataset.jsonl import read_rows
+from dataset.prepare_data import ROOT, main
+
+WORDS = "river stone morning letter garden window yellow quiet summer bridge market forest candle silver harbor mirror".split()
+
+
+def sentence(draw, count=60):
+    return " ".join(draw.choice(WORDS) + str(draw.randrange(100)) for _ in range(count))
+
+
+def chat(question, answer):
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two files with 30 good rows and one row or more of every kind that must go; (paths, line -> reason)."""
+    draw = random.Random(0)
+    good = [{"text": sentence(draw)} for _ in range(30)]
+    question, passage = sentence(draw, 20), sentence(draw, 200)
+    words = good[3]["text"].split()
+    words[30] = "altogether"
+    first = [*good, {"text": "short"}, {"text": good[5]["text"].upper() + "\r\n"}, chat(question, "yes"), chat(question, "yes")]
+    second = [{"text": " ".join(words)}, {"text": f"It says: {draw.choice(WORDS)} " + WORDS_EVAL + " and more of that kind."},
+              chat(f"{passage}\nWho?", "The baker did it."), chat(f"{passage}\nWhen?", "In the year of the comet."),
+              chat("1 + 2 = ?" + question, "3"), chat("1 + 3 = ?" + question, "3")]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
+    paths[0].write_text("".join(json.dumps(row) + "\n\n" for row in first) + "{bad\n", encoding="utf-8")
+    with gzip.open(paths[1], "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in second)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": WORDS_EVAL, "subject": "x"}) + "\n", encoding="utf-8")
+    reasons = {"a.jsonl:61": "too_short", "a.jsonl:63": "exact_duplicate", "a.jsonl:67": "exact_duplicate",
+               "a.jsonl:69": "bad_row", "b.jsonl.gz:1": "near_duplicate", "b.jsonl.gz:2": "contaminated"}
+    return [str(path) for path in paths], reasons
+
+
+WORDS_EVAL = "Which bridge over the northern river did the silver merchant cross before the summer market opened?"
+
+
+def run(*argv):
+    main([str(arg) for arg in argv])
+
+
+def test_clean_says_what_went_and_why(corpus, tmp_path, capsys):
+    paths, reasons = corpus
+    out, rejected, figures = tmp_path / "out.jsonl", tmp_path / "rejected.jsonl", tmp_path / "figures.json"
+    run("clean", *paths, "--out", out, "--rejected", rejected, "--eval", tmp_path / "eval.jsonl", "--json", figures)
+    entries = [row for _, row in read_rows(rejected)]
+    assert {entry["where"].split()[0]: entry["reason"] for entry in entries} == reasons
+    places = {entry["where"].split()[0]: entry["where"] for entry in entries}
+    assert places["b.jsonl.gz:1"].endswith("repeats a.jsonl:7") and places["a.jsonl:63"].endswith("repeats a.jsonl:11")
+    assert "shares text with eval.jsonl:1" in places["b.jsonl.gz:2"] and "not JSON" in places["a.jsonl:69"]
+    kept = [row for _, row in read_rows(out)]
+    originals = [json.loads(line) for path in paths for line in
+                 (gzip.open(path, "rt") if path.endswith("gz") else open(path)).read().split("\n") if line and line != "{bad"]
+    dropped = [entry["row"] for entry in entries if entry["reason"] != "bad_row"]
+    assert kept == [row for i, row in enumerate(originals) if i == 32 or row not in dropped]
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert report["rows_read"] == 41 and report["rows_kept"] == 35 == len(kept)
+    assert sum(reason["bytes"] for reason in report["dropped"].values()) + report["bytes_kept"] == report["bytes_read"]
+    assert report["evaluation_items"] == 1
+    shown = capsys.readouterr().out
+    assert "| near_duplicate | 1 |" in shown and "b.jsonl.gz:1 repeats a.jsonl:7" in shown
+
+
+def test_the_number_of_processes_changes_nothing(corpus, tmp_path, monkeypatch):
+    paths, _ = corpus
+    monkeypatch.setattr(clean_corpus, "BLOCK_CHARS", 2000)
+    monkeypatch.setattr(processes, "SERIAL_ITEMS", 1)
+    outputs = []
+    for count in (1, 2):
+        clean(paths, str(tmp_path / "out.jsonl"), CleanOptions(), rejected=str(tmp_path / "rejected.jsonl"), num_proc=count)
+        outputs.append([(tmp_path / name).read_bytes() for name in ("out.jsonl", "rejected.jsonl")])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(("options", "kept"), [
+    (["--exact", "no", "--threshold", "0"], {"exact_duplicate", "near_duplicate"}),
+    (["--threshold", "0"], {"near_duplicate"}), (["--threshold", "1"], {"near_duplicate"}),
+    (["--min_chars", "0"], {"too_short"})])
+def test_what_is_switched_off_stays(corpus, tmp_path, options, kept):
+    paths, reasons = corpus
+    run("clean", *paths, "--out", tmp_path / "out.jsonl", "--rejected", tmp_path / "rejected.jsonl", *options)
+    found = {row["reason"] for _, row in read_rows(tmp_path / "rejected.jsonl")}
+    assert found == set(reasons.values()) - kept - {"contaminated"}
+
+
+def test_clean_rows_stay_letter_for_letter_and_others_are_normalised(tmp_path):
+    clean_line = '{ "text" : "\\u4e2d\\u6587 spacing and escapes stay as they are", "n": 1.50 }'
+    other_line = '{"text": "carriage\\r\\nreturn and e\\u0301 go, 留下中文"}'
+    (tmp_path / "a.jsonl").write_text(f"{clean_line}\n{other_line}\n", encoding="utf-8")
+    run("clean", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl.xz")
+    import lzma
+
+    lines = lzma.open(tmp_path / "b.jsonl.xz", "rt", encoding="utf-8").read().split("\n")
+    assert lines == [clean_line, '{"text": "carriage\\nreturn and é go, 留下中文"}', ""]
+
+
+def test_nothing_is_left_behind_after_an_error(corpus, tmp_path, monkeypatch):
+    paths, _ = corpus
+    monkeypatch.setattr(clean_corpus, "write_kept", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        clean(paths, str(tmp_path / "out" / "out.jsonl"), CleanOptions())
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["clean", "none.jsonl", "--out", "o.jsonl"], "none.jsonl: no such file"),
+    (["clean", "{a}", "--out", "o.txt"], "o.txt: unknown file type"),
+    (["clean", "{a}", "--out", "{a}"], "is one of the files to clean"),
+    (["clean", "{a}", "--out", "o.jsonl", "--threshold", "0.1"], "--threshold 0.1: give a similarity"),
+    (["clean", "{a}", "--out", "o.jsonl", "--min_letters", "2"], "--min_letters 2.0: give a share"),
+    (["clean", "{a}", "--out", "o.jsonl", "--num_proc", "-1"], "--num_proc -1"),
+    (["clean", "{a}@0.5", "--out", "o.jsonl"], "clean the whole file"),
+    (["convert", "{a}", "--out", "o.jsonl"], "a.jsonl:69: not JSON"),
+    (["download", "a", "b", "--sha256", "0"], "--sha256 is for one file, 2 are named"),
+])
+def test_mistakes_end_with_one_line(corpus, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run(*(arg.replace("{a}", corpus[0][0]) for arg in argv))
+    assert str(caught.value).startswith("error: ") and message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_convert_then_clean_as_a_user(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Say hi", "output": "hi"}] * 2), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "dataset" / "prepare_data.py")]
+    for argv in (["convert", "a.json", "--out", "b.jsonl"], ["clean", "b.jsonl", "--out", "c.jsonl"]):
+        subprocess.run([*command, *argv], cwd=tmp_path, check=True, capture_output=True)
+    assert [row for _, row in read_rows(tmp_path / "c.jsonl")] == [chat("Say hi", "hi")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.jsonl", "c.jsonl"]
+
+
+def test_without_ray_the_message_says_what_to_install(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"pip install 'ray\[data\]'"):
+        run("clean", corpus[0][0], "--out", tmp_path / "o.jsonl", "--engine", "ray")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "o"))] == []
+
+
+def test_a_cluster_keeps_the_same_rows(corpus, tmp_path):
+    pytest.importorskip("ray.data", reason="Ray is optional: pip install 'ray[data]'")
+    argv = ["clean", *corpus[0], "--eval", tmp_path / "eval.jsonl"]
+    run(*argv, "--out", tmp_path / "local.jsonl", "--rejected", tmp_path / "local_rejected.jsonl")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dataset.prepare_data import main; main(sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, *map(str, argv), "--engine", "ray", "--out", str(tmp_path / "ray.jsonl"),
+                    "--rejected", str(tmp_path / "ray_rejected.jsonl")], check=True, capture_output=True)
+    for name in ("", "_rejected"):
+        assert Path(tmp_path, f"ray{name}.jsonl").read_bytes() == Path(tmp_path, f"local{name}.jsonl").read_bytes()
