@@ -84,7 +84,7 @@ def test_filters_on_running_text(text, reason):
 
 
 @pytest.mark.parametrize("text", ["\n".join(f"{a} x {b} = {a * b}" for a in range(1, 10) for b in range(1, 10)),
-                                  "列出\n" + "| 名 | 值 |\n|---|---|\n" * 12, "是的", ENGLISH + "\n" + ENGLISH])
+                                  "列出\n" + "| 名 | 值 |\n|---|---|\n" * 12, "是的", f"{CHINESE}{ENGLISH}\n" * 3])
 def test_conversations_may_list_and_repeat(text):
     assert judge([text], np.array([False]), tokenize([text]), Limits()) == [""]
 
@@ -178,6 +178,22 @@ def test_clusters_are_found_through_others_and_stand_for_their_first():
     assert parents.roots().tolist() == [0, 1, 2, 3, 3, 2, 2, 2]
 
 
+def test_only_those_of_a_bucket_that_are_alike_are_linked():
+    wide, answers = near.NUM_HASHES, near.ANSWER_HASHES
+    signature = np.zeros((6, wide + 2 * answers), np.uint32)
+    signature[1, : wide // 4] = 1  # 75% like row 0
+    signature[2, : wide // 8] = 1  # 87.5% like rows 0 and 1
+    signature[4, wide : wide + answers // 2] = 1  # one answer differs
+    signature[5, wide + answers :] = 1  # the other one
+    parents = near.Parents(6)
+    near.link_buckets(np.array([0, 1, 3, 4, 5]), np.array([0]), signature, 0.8, parents)
+    assert parents.roots().tolist() == [0, 1, 2, 0, 4, 5]
+    near.link_buckets(np.array([1, 2, 0, 5]), np.array([0, 2]), signature, 0.8, parents)  # two buckets at once
+    assert parents.roots().tolist() == [0, 1, 1, 0, 4, 5]
+    members, starts = near.buckets(np.array([7, 3, 7, 9, 3, 7, 1], np.uint64))
+    assert members.tolist() == [1, 4, 0, 2, 5] and starts.tolist() == [0, 2]
+
+
 def test_different_numbers_keep_rows_apart_where_they_matter():
     tokens = tokenize(["卖掉3个，又买5个", "卖掉5个，又买3个。", "卖掉4个，又买5个", "没有"])
     numbers = near.number_hashes(tokens)
@@ -188,13 +204,13 @@ def test_evaluation_files_are_found_in_rows(tmp_path):
     question = "How many of the forty seven grey herons that nest beside the old mill return every year in spring?"
     rows = [f'{{"question": "{question}", "subject": "{ENGLISH}"}}', f'{{"问": "{CHINESE}"}}', '{"q": "Too short."}',
             '{"q": "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53"}']
-    rows += [f'{{"q": "Which of the following statements about the history of {x} is known to be true for all of them?"}}'
-             for x in ("Rome", "Oslo", "Lima")]
+    phrase = "Which one of the following four statements about the long and rich history of {} is true?"
+    rows += [f'{{"q": "{phrase.format(x)}"}}' for x in ("Rome", "Oslo", "Lima")]
     (tmp_path / "test.jsonl").write_text("\n".join(rows), encoding="utf-8")
     index = build_index([str(tmp_path / "test.jsonl")])
     texts = ["", "He asked: how many of the FORTY-seven grey herons that nest beside the old mill return?", ENGLISH,
              "他写道：" + CHINESE[5:40], CHINESE[:15], "2 3 5 7 11 13 17 19 23 29 31 37 41 43 47 53",
-             "Which of the following statements about the history of my town is known to be true for all of them?"]
+             phrase.format("my town")]
     found = index.find(tokenize(texts))
     assert [index.places[i] if i >= 0 else "" for i in found] == ["", "test.jsonl:1", "", "test.jsonl:2", "", "", ""]
     assert index.short == 2
