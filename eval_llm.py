@@ -20,7 +20,7 @@ import torch
 from transformers import TextStreamer
 
 from dataset.chat_format import encode_prompt
-from dataset.jsonl import read_rows, split_share
+from dataset.jsonl import find_shards, read_rows
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.toy_world import accuracy_table, format_table, heldout_questions, make_world
 from model.model_minimind import PRESETS
@@ -175,7 +175,7 @@ def benchmark_bpb(model, tokenizer, args, run):
     """Bits per byte of each file of --data_path."""
     rows = []
     for path in args.data_path:
-        _, first = next(iter(read_rows(split_share(path)[0])))
+        _, first = next(iter(read_rows(find_shards(path)[0][0])))
         if "conversations" in first and not tokenizer.chat_template:
             tokenizer.chat_template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8")
         dataset = (SFTDataset if "conversations" in first else PretrainDataset)(path, tokenizer, args.max_seq_len)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from dataset.jsonl import read_rows, split_share
+from dataset.jsonl import find_shards, read_rows
 from dataset.lm_dataset import BAD_ROWS, ROOT, PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, pack
 
@@ -49,7 +49,7 @@ def packing_waste(dataset) -> float:
 
 
 def _stage_of(path: str) -> str:
-    _, row = next(read_rows(split_share(path)[0]))
+    _, row = next(read_rows(find_shards(path)[0][0]))
     return "sft" if "conversations" in row else "pretrain"
 
 

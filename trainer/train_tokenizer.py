@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from dataset.jsonl import in_share, read_rows, split_share
+from dataset.jsonl import find_shards, in_share, read_rows
 from dataset.toy_world import write_world
 from trainer.arguments import arg, command, parse_args
 from trainer.metrics import write_json
@@ -95,7 +95,7 @@ def row_text(row: dict) -> str:
 
 def iter_texts(data_path: list[str], held_out: bool = False) -> Iterator[tuple[str, str, str]]:
     """Yield (key of the row, "zh" or "en", text): of the rows to train on, or of the held-out ones."""
-    for index, (path, share) in enumerate(map(split_share, data_path)):
+    for index, (path, share) in enumerate(find_shards(data_path)):
         for line_no, row in read_rows(path):
             if in_share(line_no, share) and is_held_out(line_no) == held_out:
                 try:

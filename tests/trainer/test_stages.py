@@ -85,7 +85,9 @@ def test_micro_batches_really_hold_different_numbers_of_targets(stage, flags, tm
     assert len(seen[0]) == 4 and len(set(seen[0])) > 1
 
 
-@pytest.mark.parametrize("options", [{}, {"use_moe": 1}, {"schedule": "wsd", "accumulation_steps": 2, "optimizer": "muon"}])
+@pytest.mark.parametrize("options", [
+    {}, {"use_moe": 1}, {"schedule": "wsd", "accumulation_steps": 2, "optimizer": "muon"},
+    {"dropout": 0.2, "gradient_checkpointing": 1, "num_workers": 2}])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path, monkeypatch):
     options = {**options, "max_steps": 10, "epochs": 3}
@@ -114,6 +116,26 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path,
     assert losses(resumed) == losses(whole)
     assert_same(weights(resumed), weights(whole))
     assert figures(resumed) == figures(whole)
+
+
+def test_a_compiled_run_resumes_bit_for_bit(flags, tmp_path):
+    options = dict(use_compile=1, dropout=0.1, max_steps=6, save_interval=3, val_share=0)
+    train_pretrain.main(flags(**options))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    expected = weights(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-6")
+    torch.compiler.reset()
+    train_pretrain.main([*flags(**options), "--from_resume"])
+    assert_same(weights(folder), expected)
+
+
+def test_gradient_checkpointing_changes_no_number_and_dropout_does(flags, tmp_path):
+    ends = []
+    for name, options in (("plain", {}), ("again", {"gradient_checkpointing": 1}), ("dropped", {"dropout": 0.2})):
+        train_pretrain.main(flags(save_dir=tmp_path / name, max_steps=3, **options))
+        ends.append(weights(tmp_path / name / NAMES["pretrain"]))
+    assert_same(ends[0], ends[1])
+    assert any((ends[0][name] != ends[2][name]).any() for name in ends[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
