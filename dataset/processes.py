@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -48,7 +50,13 @@ _function: Callable
 def _start_worker(function: Callable) -> None:
     global _function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too, but it is the parent that ends them
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _function = function
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # the parent was killed: nobody will ever take a result
 
 
 def _work(item):
