@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from trainer.arguments import arg, command, parse_args
-from trainer.record import write_json
+from trainer.metrics import write_json
 from trainer.train_tokenizer import QWEN2_PATTERN, held_out_counts, toy_paths
 
 

@@ -162,10 +162,10 @@ class TrainArgs:
     local_rank: int = arg(0, "given by the deepspeed launcher to its processes")
 
     # what may change between an interrupted run and its resumption: it decides no number, or is compared in another way
-    FREE = ("save_dir", "cache_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "num_proc", "log_interval", "save_interval",
-            "inspect", "json", "from_weight", "batch_size", "accumulation_steps", "use_compile", "gradient_checkpointing",
-            "deepspeed", "deterministic", "keep", "max_bad_steps", "use_wandb", "tracker", "wandb_project", "wandb_run_name",
-            "local_rank")
+    FREE = ("save_dir", "cache_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "num_proc", "log_interval",
+            "save_interval", "inspect", "json", "from_weight", "batch_size", "accumulation_steps", "use_compile",
+            "gradient_checkpointing", "deepspeed", "deterministic", "keep", "max_bad_steps", "use_wandb", "tracker",
+            "wandb_project", "wandb_run_name", "local_rank")
 
     def check(self):
         """ValueError for values out of range and for flags that contradict each other."""

@@ -89,10 +89,18 @@ class RunRecord:
         if self.speaks:
             numbers["seconds"] = round(self.seconds_before + now - self.start, 2)
             finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}  # JSON has no nan
-            with open(self.path, "a") as file:
-                file.write(json.dumps(finite) + "\n")
+            self.append(finite)
             self.tracker.log(finite, step)
         self.begin_window()
+
+    def append(self, numbers):
+        """A line of metrics.jsonl; OSError that says what to do if it cannot be written."""
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(numbers) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.path} ({error.strerror}): make room on the disk, or give back the right to "
+                          "write, and go on with --from_resume") from error
 
     def speed(self, seconds):
         """Target tokens per second, share of the GPU's peak, share of the time spent waiting for data, peak memory (GB)."""
@@ -113,6 +121,7 @@ class RunRecord:
         self.targets = targets
         if self.speaks:
             self.keep_lines(step)
+            self.tracker.go_back(step)
             self.bar.n = step
         self.begin_window()
 

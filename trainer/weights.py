@@ -1,5 +1,6 @@
 """Which network a stage starts from: a preset from nothing, a run by its name, a checkpoint folder, or a .pth file."""
 
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -85,12 +86,15 @@ def shape_name(config):
 def run_folder(args, config, ranks=None):
     """Where this run saves: SAVE_DIR/SAVE_WEIGHT_<preset or size>.
 
-    ValueError if the folder holds another run and neither --from_resume nor --overwrite says what to do with it. Ranks
-    that torchrun has started again, after one of them died, resume.
+    ValueError if it cannot be written, or if it holds another run and neither --from_resume nor --overwrite says what to
+    do with it. Ranks that torchrun has started again, after one of them died, resume.
     """
     if ranks and ranks.restarts:
         args.from_resume, args.overwrite = True, False
     folder = Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)) and not args.inspect:
+        raise ValueError(f"{there} cannot be written: choose another --save_dir, or give back the right to write there")
     steps = [int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")]
     if steps and not (args.from_resume or args.overwrite or args.inspect):
         raise ValueError(f"{folder} holds a run, {max(steps)} updates long: go on with it (--from_resume), "

@@ -112,8 +112,9 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(config, flags, tmp_pa
 def test_flags_that_ranks_cannot_serve_are_refused(flags, tmp_path):
     with pytest.raises(ValueError, match=r"ds.json: no such file; trainer/ds_zero2.json is one"):
         MAIN["pretrain"](flags(deepspeed=tmp_path / "ds.json"))
-    for text, message in (('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}', "leave train_batch_size out, --batch_size"),
-                          ('{"zero_optimization": {"stage": 7}}', "stage is 7; give 1, 2 or 3"), ("{", "ds.json:1: not JSON")):
+    for text, message in (
+            ('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}', "leave train_batch_size out, --batch_size says that"),
+            ('{"zero_optimization": {"stage": 7}}', "stage is 7; give 1, 2 or 3"), ("{", "ds.json:1: not JSON")):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             MAIN["pretrain"](flags(deepspeed=tmp_path / "ds.json"))
