@@ -238,7 +238,9 @@ def copied(tree):
 
 def flush(path):
     """Ask the system to bring a file, or the names in a folder, onto the disk: a rename must not overtake the data."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,6 +9,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 class Ranks:
@@ -26,7 +27,7 @@ class Ranks:
         """Join the group: nccl between GPUs, gloo between CPUs."""
         self.device = device
         if self.world_size > 1 and not dist.is_initialized():
-            store, rank, world_size = next(dist.rendezvous("env://"))
+            store, rank, world_size = next(rendezvous("env://"))
             # torchrun's store outlives a restart: a rank that is early must not find the addresses of the dead there
             store = dist.PrefixStore(f"attempt-{self.restarts}", store)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -14,6 +13,11 @@ from tqdm import tqdm
 from trainer.costs import peak_flops, step_work, training_flops
 from trainer.metrics import plot_curve, read_metrics, write_json
 from trainer.tracker import open_tracker
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 QUIET_SECONDS = 15  # without a terminal: a line at most this often
 
@@ -111,7 +115,7 @@ class RunRecord:
             figures["mfu"] = round(self.window["flops"] / seconds / self.peak, 4)
         if device.type == "cuda":
             figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-        else:
+        elif resource:
             unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
             figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
         return figures
