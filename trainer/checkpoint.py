@@ -44,8 +44,9 @@ class Checkpoint:
         self.writer, self.failure = None, None
         self.rows_per_step = args.batch_size * args.accumulation_steps * run.ranks.world_size
         self.is_resumed = False  # whether the checkpoints in the folder are this run's
-        if args.from_resume and (found := run.ranks.from_first(self.find)):
-            self.compare(found[1], found[0])
+        self.found = run.ranks.from_first(self.find) if args.from_resume else None
+        if self.found:
+            self.compare(self.found[1], self.found[0])
             self.is_resumed = True
 
     def steps(self):
@@ -173,7 +174,8 @@ class Checkpoint:
         Returns (updates done, target tokens trained on): (0, 0) where there is nothing to go on from.
         """
         self.wait()
-        if not self.is_resumed or not (found := self.run.ranks.from_first(self.find)):
+        found, self.found = self.found or (self.is_resumed and self.run.ranks.from_first(self.find)), None
+        if not found:
             return 0, 0
         path, progress = found
         weights = read_state(path, self.model.config.num_experts)
