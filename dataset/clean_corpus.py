@@ -8,9 +8,6 @@ the result does not depend on the number of processes. clean_ray.py runs the fir
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,15 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset import near_duplicates as near
 from dataset.cleaning import Limits, judge, normalize_row, row_answers, row_text, text_key
 from dataset.contamination import EvaluationIndex
-from dataset.jsonl import iter_lines, parse_row
-from dataset.processes import map_in_order
+from dataset.jsonl import dump_row, iter_lines, parse_row
+from dataset.outputs import check_outputs, scratch_folder, whole_file
+from dataset.processes import WorkerPool
 from dataset.text_tokens import tokenize
-from dataset.whole_file import check_name, whole_file
 
 REASONS = ("", "bad_row", "too_short", "too_long", "replacement_characters", "few_letters", "repeated_lines", "top_ngram",
            "repeated_ngrams", "contaminated", "exact_duplicate", "near_duplicate")
@@ -154,15 +150,14 @@ def judge_locally(paths: list[str], options: CleanOptions, index: EvaluationInde
     num_bands = near.bands_for(options.threshold)[0] if options.threshold else 0
     files = {name: open(scratch / name, "wb") for name in [*columns, *(f"band{b}" for b in range(num_bands))]}
     try:
-        with tqdm(unit=" rows", desc="judging", disable=None) as bar:
-            for found in map_in_order(Analyzer(options, index), iter_blocks(paths), num_proc):
+        with WorkerPool(Analyzer(options, index), num_proc) as pool:
+            for found in pool.map(iter_blocks(paths), "judging", lambda found: len(found.place)):
                 for name in columns:
                     files[name].write(np.ascontiguousarray(getattr(found, name)).tobytes())
                 for band in range(num_bands):
                     files[f"band{band}"].write(np.ascontiguousarray(found.bands[:, band]).tobytes())
                 details |= found.details
                 num_rows += len(found.place)
-                bar.update(len(found.place))
     finally:
         for file in files.values():
             file.close()
@@ -258,16 +253,17 @@ class Rewriter:
         for _, line in block.lines:
             row = parse_row(line)
             clean = normalize_row(row, self.form)
-            out.append(line if clean == row else json.dumps(clean, ensure_ascii=False))
-        return "".join(f"{line}\n" for line in out)
+            out.append(f"{line}\n" if clean == row else dump_row(clean))
+        return "".join(out)
 
 
 def write_kept(paths: list[str], out: str, verdicts: Verdicts, options: CleanOptions, num_proc: int | None,
                rejected: str = "") -> None:
     """Second pass: write the rows that stay to `out`, and the others with the reason to `rejected`."""
-    with whole_file(out) as kept_file, whole_file(rejected) if rejected else nullcontext() as rejected_file:
+    with (whole_file(out) as kept_file, whole_file(rejected) if rejected else nullcontext() as rejected_file,
+          WorkerPool(Rewriter(options.form), num_proc) as pool):
         blocks = _kept_blocks(paths, verdicts, rejected_file)
-        for text in map_in_order(Rewriter(options.form), blocks, num_proc):
+        for text in pool.map(blocks, "writing", lambda text: text.count("\n"), int((verdicts.reason == 0).sum())):
             kept_file.write(text)
 
 
@@ -276,7 +272,8 @@ def _kept_blocks(paths: list[str], verdicts: Verdicts, rejected_file) -> Iterato
     for block in iter_blocks(paths):
         kept = []
         for line_no, line in block.lines:
-            if row >= len(verdicts.place) or verdicts.place[row] != block.file_index << FILE_SHIFT | line_no:
+            place, size = block.file_index << FILE_SHIFT | line_no, len(line.encode()) + 1
+            if row == len(verdicts.place) or (verdicts.place[row], verdicts.size[row]) != (place, size):
                 raise ValueError(f"{block.path}:{line_no}: the file has changed while it was cleaned. Start again.")
             if verdicts.reason[row] == 0:
                 kept.append((line_no, line))
@@ -284,20 +281,19 @@ def _kept_blocks(paths: list[str], verdicts: Verdicts, rejected_file) -> Iterato
                 reason = REASONS[verdicts.reason[row]]
                 entry = {"reason": reason, "where": describe(verdicts, row, paths)}
                 entry["row"] = line if reason == "bad_row" else parse_row(line)
-                rejected_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                rejected_file.write(dump_row(entry))
             row += 1
         yield LineBlock(block.path, block.file_index, kept)
+    if row < len(verdicts.place):
+        raise ValueError(f"{paths[verdicts.place[row] >> FILE_SHIFT]}: the file has lost rows while it was cleaned. Start again.")
 
 
 def clean(paths: list[str], out: str, options: CleanOptions, index: EvaluationIndex | None = None, rejected: str = "",
           num_proc: int | None = None, engine: str = "local") -> Report:
     """Clean files into one and return the report; see the module. engine: "local" or "ray"."""
     options.check()
-    for path in [out, rejected] if rejected else [out]:
-        check_name(path)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".cleaning-", dir=Path(out).parent))
-    try:
+    check_outputs(paths, {"--out": out, "--rejected": rejected})
+    with scratch_folder(Path(out).parent, ".cleaning-") as scratch:
         if engine == "ray":
             from dataset.clean_ray import judge_on_cluster
 
@@ -305,6 +301,4 @@ def clean(paths: list[str], out: str, options: CleanOptions, index: EvaluationIn
         else:
             verdicts = judge_locally(paths, options, index, scratch, num_proc)
         write_kept(paths, out, verdicts, options, num_proc, rejected)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return make_report(verdicts, paths)

@@ -8,6 +8,7 @@ phrasing ("which of the following ..."), not its content, and are not looked for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ WORDS, IDEOGRAPHS = 13, 20
 MOST = 0.6
 SHARED = 3  # an n-gram in that many items is phrasing
 FILTER_BITS = 24
+ROWS_AT_A_TIME = 10_000
 LABELS = frozenset({"subject", "source", "task_id", "phenomenon", "paradigm", "category", "level", "type", "id", "entry_point"})
 
 
@@ -68,17 +70,16 @@ def build_index(paths: list[str]) -> EvaluationIndex:
     """Read evaluation files (.jsonl, .gz, .xz; any keys: all strings but labels such as "subject" count)."""
     places, owners, hashes, short = [], [], [], 0
     for path in paths:
-        texts, lines = [], []
-        for line_no, row in read_rows(path):
-            texts.append("\n".join(_strings({key: value for key, value in row.items() if key not in LABELS})))
-            lines.append(f"{Path(path).name}:{line_no}")
-        tokens = tokenize([text.replace("\0", " ") for text in texts])
-        file_hashes, first = content_ngrams(tokens)
-        owner = tokens.text[first]
-        short += len(texts) - len(np.unique(owner))
-        hashes.append(file_hashes)
-        owners.append(owner + len(places))
-        places += lines
+        rows = read_rows(path)
+        while part := list(islice(rows, ROWS_AT_A_TIME)):
+            texts = ["\n".join(_strings({key: value for key, value in row.items() if key not in LABELS})) for _, row in part]
+            tokens = tokenize([text.replace("\0", " ") for text in texts])
+            part_hashes, first = content_ngrams(tokens)
+            owner = tokens.text[first]
+            short += len(texts) - len(np.unique(owner))
+            hashes.append(part_hashes)
+            owners.append(owner + len(places))
+            places += [f"{Path(path).name}:{line_no}" for line_no, _ in part]
     pairs = np.unique(np.stack([np.concatenate(hashes), np.concatenate(owners).astype(np.uint64)]), axis=1)
     unique, start, items = np.unique(pairs[0], return_index=True, return_counts=True)
     rare = items < SHARED

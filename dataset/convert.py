@@ -1,7 +1,7 @@
 """Rows in other people's formats -> rows in ours (dataset.md), checked.
 
-    alpaca      {"instruction", "input", "output"}, maybe "system" and "history" [[user, assistant], ...]; or a prompt
-                and a response under one of their usual names
+    alpaca      {"instruction", "input", "output"}, maybe "system", "reasoning_content" and "history" [[user, assistant],
+                ...]; or a prompt, a "context" and a response under one of their usual names
     sharegpt    {"conversations": [{"from": "human", "value": ...}, ...]}, with function_call, observation, tools, system
     messages    {"messages" or "conversations": [{"role", "content", ...}]}, with tool_calls and tools, as OpenAI has it
     preference  {"prompt", "chosen", "rejected"}: answers as strings or messages; or the answers beside "conversations"
@@ -14,51 +14,70 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, takewhile
 from pathlib import Path
 
 from dataset.chat_format import check_conversation
-from dataset.jsonl import read_rows
-from dataset.whole_file import whole_file
+from dataset.cleaning import VERIFIED
+from dataset.jsonl import dump_row, iter_lines, parse_row
+from dataset.outputs import check_outputs, whole_file
 
 PROMPTS = ("instruction", "prompt", "question", "query", "input")
+CONTEXTS = ("input", "context")  # what a prompt is about: stands below it
 RESPONSES = ("output", "response", "answer", "completion", "target")
+SYSTEMS = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MESSAGES = ("conversations", "messages")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "bot": "assistant", "model": "assistant", "system": "system", "developer": "system", "tool": "tool",
          "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
          "function_call": "function_call", "tool_call": "function_call"}
-VERIFIED = ("answer", "gt")  # what reinforcement learning checks: stays beside a conversation
 SPLITS = ("paragraphs", "file", "lines")
 NAMED = 5
 
 
 def convert_row(row: dict, format: str = "auto") -> dict:
     """Return the row in our format; ValueError says why it cannot be."""
+    if None in row:  # where csv puts what has no column
+        raise ValueError("more fields than the table's first line. Put quotes around fields that hold the separator.")
     if format == "auto":
         format = detect(row)
+    if format != "text" and (media := _first(row, MEDIA)):
+        raise ValueError(f"{media} cannot be learned, only text. Leave the row out.")
     converted = FORMATS[format](row)
     for key, messages in converted.items():
         if key != "text":
             check_conversation(messages)
     if "conversations" in converted:
         if format != "alpaca":  # where "answer" is the response
-            converted |= {key: row[key] for key in VERIFIED if key in row}
+            converted |= {key: row[key] for key in VERIFIED if row.get(key) is not None}
         if len(converted) == 1 and not any(message["role"] == "assistant" for message in converted["conversations"]):
             raise ValueError("no message of the assistant, so there is nothing to learn. Add the answer.")
     return converted
+
+
+def unused_keys(row: dict, format: str) -> list[str]:
+    """Return the keys with a value that a row's conversion leaves out."""
+    beside = {*SYSTEMS, *TOOLS, _first(row, MESSAGES)}
+    prompt = {_first(row, PROMPTS), *CONTEXTS, "history"}
+    used = {"text": {"text" if "text" in row else "content"}, "sharegpt": {*beside, *VERIFIED}, "messages": {*beside, *VERIFIED},
+            "alpaca": {*beside, *prompt, *REASONING, _first(row, RESPONSES)},
+            "preference": {*beside, *prompt, "chosen", "rejected"}}
+    return [key for key, value in row.items() if value not in (None, "", [], {}) and key not in used[format]]
 
 
 def detect(row: dict) -> str:
     """Return the name of the format that a row's keys speak for; ValueError if there is none."""
     if "chosen" in row and "rejected" in row:
         return "preference"
-    conversation = _as_json(row.get("conversations") or row.get("messages"))
+    conversation = _as_json(row.get(_first(row, MESSAGES)))
     if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
         return "sharegpt" if "from" in conversation[0] else "messages"
-    if _first(row, PROMPTS) is not None and _first(row, RESPONSES) is not None:
+    if any(row.get(key) is not None for key in PROMPTS) and any(row.get(key) is not None for key in RESPONSES):
         return "alpaca"
     if isinstance(row.get("text", row.get("content")), str):
         return "text"
@@ -75,33 +94,22 @@ def from_text(row: dict) -> dict:
 
 
 def from_alpaca(row: dict) -> dict:
-    """Instruction, input and output -> a conversation; the input stands below the instruction."""
-    prompt_key = next((key for key in PROMPTS if row.get(key)), None)
-    if prompt_key is None:
+    """A prompt, maybe with an input, and a response -> a conversation; the input stands below the prompt."""
+    prompt, answer_key = _prompt_of(row), _first(row, RESPONSES)
+    if not prompt:
         raise ValueError(f"no prompt. Give it under one of {', '.join(PROMPTS)}.")
-    prompt = _string(row, prompt_key)
-    if prompt_key == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n{_string(row, 'input')}"
-    answer_key = next((key for key in RESPONSES if row.get(key)), None)
     if answer_key is None or not _string(row, answer_key).strip():
         raise ValueError(f"no answer, or an empty one. Give it under one of {', '.join(RESPONSES)}.")
-    messages = []
-    for turn in _as_json(row.get("history")) or []:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError("history: a turn is no pair. Give [[user, assistant], ...].")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": _string(row, answer_key)}]
-    return {"conversations": _with_system(messages, row)}
-
-
-def from_sharegpt(row: dict) -> dict:
-    """Messages with "from" and "value" -> a conversation."""
-    return {"conversations": _with_system([_from_turn(i, turn) for i, turn in enumerate(_messages_of(row))], row)}
+    answer = {"role": "assistant", "content": _string(row, answer_key), **_reasoning(row)}
+    return {"conversations": _with_system([*prompt, answer], row)}
 
 
 def from_messages(row: dict) -> dict:
-    """OpenAI's messages -> a conversation."""
-    return {"conversations": _with_system([_from_message(i, item) for i, item in enumerate(_messages_of(row))], row)}
+    """Messages with "role" and "content", or with "from" and "value" -> a conversation."""
+    messages = _as_json(row.get(_first(row, MESSAGES)))
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("no messages. Give a list under 'conversations' or 'messages'.")
+    return {"conversations": _with_system([_message(i, item) for i, item in enumerate(messages)], row)}
 
 
 def from_preference(row: dict) -> dict:
@@ -114,91 +122,90 @@ def from_preference(row: dict) -> dict:
             answer = [{"role": "assistant", "content": answer}]
         if not isinstance(answer, list) or not answer:
             raise ValueError(f"{side} is {type(row[side]).__name__}, or empty. Give a string or messages.")
-        answer = [_any_message(i, message) for i, message in enumerate(answer)]
+        answer = [_message(i, item) for i, item in enumerate(answer)]
         whole = any(message["role"] == "user" for message in answer)
         if not whole and not prompt:
             raise ValueError(f"{side} holds only the answer, and there is no prompt. Give one under 'prompt'.")
         both[side] = _with_system(answer if whole else [*prompt, *answer], row)
         if both[side][-1]["role"] != "assistant" or not both[side][-1]["content"]:
             raise ValueError(f"{side} does not end with an answer of the assistant. Add it.")
-    if both["chosen"][0] != both["rejected"][0]:
+    chosen, rejected = ([*takewhile(lambda message: message["role"] != "assistant", side)] for side in both.values())
+    if chosen != rejected:
         raise ValueError("chosen and rejected begin differently. Give both the same prompt.")
     return both
 
 
-FORMATS = {"alpaca": from_alpaca, "sharegpt": from_sharegpt, "messages": from_messages, "preference": from_preference,
+FORMATS = {"alpaca": from_alpaca, "sharegpt": from_messages, "messages": from_messages, "preference": from_preference,
            "text": from_text}
 
 
 def _prompt_of(row: dict) -> list[dict]:
-    prompt = _as_messages(row.get("conversations") or row.get("messages") or _first(row, PROMPTS))
-    if isinstance(prompt, list):
-        return [_any_message(i, message) for i, message in enumerate(prompt)]
-    if row.get("instruction") and row.get("input"):
-        prompt = f"{prompt}\n{_string(row, 'input')}"
-    return [{"role": "user", "content": prompt}] if prompt else []
+    """Return the messages before the answer: given as messages, or as text with what it is about and a history."""
+    key = _first(row, MESSAGES) or _first(row, PROMPTS)
+    found = _as_messages(row.get(key))
+    if isinstance(found, list):
+        return [_message(i, item) for i, item in enumerate(found)]
+    if not found:
+        return []
+    messages = []
+    for turn in _as_json(row.get("history")) or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise ValueError("history: a turn is no pair. Give [[user, assistant], ...].")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    parts = [_string(row, name) for name in dict.fromkeys((key, *CONTEXTS)) if row.get(name)]
+    return [*messages, {"role": "user", "content": "\n".join(parts)}]
 
 
-def _any_message(i: int, message) -> dict:
-    return _from_turn(i, message) if isinstance(message, dict) and "from" in message else _from_message(i, message)
-
-
-def _from_turn(i: int, turn) -> dict:
-    if not isinstance(turn, dict):
-        raise ValueError(f"message {i} is a {type(turn).__name__}. Give {{'from': ..., 'value': ...}}.")
-    role, value = _role(i, turn.get("from")), turn.get("value")
+def _message(i: int, item) -> dict:
+    if not isinstance(item, dict):
+        raise ValueError(f"message {i} is a {type(item).__name__}. Give {{'role': ..., 'content': ...}}.")
+    given, content = item.get("from", item.get("role")), item.get("value", item.get("content"))
+    role = ROLES.get(str(given).lower())
+    if role is None:
+        raise ValueError(f"message {i} has the unknown role {given!r}. Known are {', '.join(ROLES)}.")
+    calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else None)
     if role == "function_call":
-        calls = _as_json(value)
-        if not isinstance(calls, list | dict):
-            raise ValueError(f"message {i}: the call is not JSON. Give {{'name': ..., 'arguments': {{...}}}}.")
-        calls = calls if isinstance(calls, list) else [calls]
-        return {"role": "assistant", "content": "", "tool_calls": json.dumps(calls, ensure_ascii=False)}
-    return {"role": role, "content": value}
-
-
-def _from_message(i: int, message) -> dict:
-    if not isinstance(message, dict):
-        raise ValueError(f"message {i} is a {type(message).__name__}. Give {{'role': ..., 'content': ...}}.")
-    content = message.get("content")
-    if isinstance(content, list):  # parts; only text can be learned here
+        role, content, calls = "assistant", "", _calls(i, content)
+    if isinstance(content, list):  # parts
         if any(not isinstance(part, dict) or not isinstance(part.get("text"), str) for part in content):
             raise ValueError(f"message {i} has a part that is no text. Only text can be learned.")
         content = "".join(part["text"] for part in content)
-    out = {"role": _role(i, message.get("role")), "content": content}
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
+    out = {"role": role, "content": content, **_reasoning(item)}
     if calls:
         calls = calls if isinstance(calls, str) else json.dumps(calls, ensure_ascii=False)
         out |= {"content": content or "", "tool_calls": calls}
-    if message.get("tools"):
-        out["tools"] = message["tools"]
-    if isinstance(message.get("reasoning_content"), str):
-        out["reasoning_content"] = message["reasoning_content"]
+    if item.get("tools"):
+        out["tools"] = item["tools"]
     return out
 
 
-def _role(i: int, role) -> str:
-    if role not in ROLES:
-        raise ValueError(f"message {i} has the unknown role {role!r}. Known are {', '.join(ROLES)}.")
-    return ROLES[role]
+def _calls(i: int, value) -> list:
+    calls = _as_json(value)
+    if not isinstance(calls, list | dict):
+        raise ValueError(f"message {i}: the call is not JSON. Give {{'name': ..., 'arguments': {{...}}}}.")
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _reasoning(item: dict) -> dict:
+    """Return {"reasoning_content"} if a message or a row has one; an empty one counts: it is an empty think block."""
+    return next(({"reasoning_content": item[key]} for key in REASONING if item.get(key) is not None), {})
 
 
 def _with_system(messages: list[dict], row: dict) -> list[dict]:
-    """Put the row's "system" and "tools" on a system message that comes first."""
-    system, tools = row.get("system"), row.get("tools")
-    tools = None if tools in ("", "[]", [], None) else tools
-    if (system or tools) and messages and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system or ""}, *messages]
-    if tools:
-        text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-        messages = [{**messages[0], "tools": text}, *messages[1:]]
-    return messages
-
-
-def _messages_of(row: dict) -> list:
-    messages = _as_json(row.get("conversations") or row.get("messages"))
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages. Give a list under 'conversations' or 'messages'.")
-    return messages
+    """Put the row's system prompt and tools on a system message that comes first."""
+    system, tools = row.get(_first(row, SYSTEMS)), row.get(_first(row, TOOLS))
+    if tools and not isinstance(tools, str):
+        tools = json.dumps(tools, ensure_ascii=False)
+    extra = {key: value for key, value in (("content", system), ("tools", tools)) if value and value != "[]"}
+    if not extra:
+        return messages
+    first, rest = {"role": "system", "content": ""}, messages
+    if messages and messages[0]["role"] == "system":
+        first, *rest = messages
+    for key, value in extra.items():
+        if first.get(key) and _as_json(first[key]) != _as_json(value):
+            raise ValueError(f"the row and its system message differ in their {key}. Keep one of the two.")
+    return [{**first, **extra}, *rest]
 
 
 def _string(row: dict, key: str) -> str:
@@ -207,8 +214,9 @@ def _string(row: dict, key: str) -> str:
     return row[key]
 
 
-def _first(row: dict, keys: tuple[str, ...]):
-    return next((row[key] for key in keys if row.get(key) is not None), None)
+def _first(row: dict, keys: tuple[str, ...]) -> str | None:
+    """Return the first of the keys under which there is something."""
+    return next((key for key in keys if row.get(key)), None)
 
 
 def _as_json(value):
@@ -230,15 +238,16 @@ def _as_messages(value):
     return value
 
 
-def read_any(path: str | Path, split: str = "paragraphs") -> Iterator[tuple[int, dict]]:
-    """Yield (line number; in .json and .parquet: row number, from 1; row) of a file of any kind that the module lists."""
+def read_any(path: str | Path, split: str = "paragraphs") -> Iterator[tuple[int, dict | str]]:
+    """Yield (line number; in .json and .parquet: row number, from 1; row) of a file of any kind that the module lists.
+
+    A row of .jsonl is the line as it stands, for `parse_row`, so that a broken one can be passed over.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Check the path.")
     reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        return read_rows(path)
-    return reader(path, split)
+    return reader(path, split) if reader else iter_lines(path)
 
 
 def _read_json(path: Path, split: str):
@@ -258,32 +267,38 @@ def _read_parquet(path: Path, split: str):
         raise ImportError("reading .parquet needs pyarrow. Install it: pip install -r requirements.txt") from error
     try:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        yield from enumerate((_without_nulls(row) for batch in batches for row in batch.to_pylist()), start=1)
     except (OSError, ValueError) as error:  # what pyarrow raises
         raise ValueError(f"{path}: damaged Parquet file ({error}). Fetch it again.") from error
 
 
+def _without_nulls(value):
+    """Return a value without the null fields of its structs: Parquet gives every struct the fields of all the others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _read_table(path: Path, split: str):
-    csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        try:
-            for row in table:
-                yield table.line_num, {key: value for key, value in row.items() if key is not None and value is not None}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}:{table.line_num + 1}: no row of a table in UTF-8 ({error}). Repair it.") from error
+    csv.field_size_limit(2**31 - 1)
+    lines = (line for _, line in _utf8_lines(path))
+    table = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    line_no = 0
+    try:
+        for row in table:
+            yield table.line_num, {key: value for key, value in row.items() if value is not None}
+            line_no = table.line_num
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line_no + 1}: no row of a table ({error}). Repair its quotes.") from error
 
 
 def _read_text(path: Path, split: str):
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
     if split == "file":
-        yield 1, {"text": text}
+        yield 1, {"text": "".join(line for _, line in _utf8_lines(path)).replace("\r\n", "\n")}
         return
     lines, first = [], 1
-    for line_no, line in enumerate([*text.split("\n"), ""], start=1):
+    for line_no, line in chain(_utf8_lines(path), [(0, "")]):
+        line = line.rstrip("\r\n")
         if lines and (split == "lines" or not line.strip()):
             yield first, {"text": "\n".join(lines)}
             lines = []
@@ -292,23 +307,45 @@ def _read_text(path: Path, split: str):
             lines.append(line)
 
 
+def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line with its end); ValueError names the line that is not UTF-8."""
+    with open(path, "rb") as file:
+        for line_no, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if line_no == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{line_no}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
+            yield line_no, line
+
+
 READERS = {".json": _read_json, ".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table, ".txt": _read_text}
 
 
 @dataclass
 class ConvertReport:
-    """Rows read, written and skipped, the formats they were in, and the first skipped rows with the reason."""
+    """Rows read, written and skipped, the formats they were in, the keys that were left out (and in how many rows), and
+    the first skipped rows with the reason."""
 
     rows_read: int = 0
     rows_written: int = 0
     rows_skipped: int = 0
-    formats: dict[str, int] = field(default_factory=Counter)
+    formats: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     named: list[str] = field(default_factory=list)
+
+    def count(self, format: str, unused: list[str]) -> None:
+        """Count a row that was written."""
+        self.rows_written += 1
+        self.formats[format] = self.formats.get(format, 0) + 1
+        for key in unused:
+            self.left_out[key] = self.left_out.get(key, 0) + 1
 
     def __str__(self) -> str:
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
-        text = f"rows: {self.rows_read:,} read, {self.rows_written:,} written ({formats}), {self.rows_skipped:,} skipped"
-        return "\n".join([text, *self.named])
+        lines = [f"rows: {self.rows_read:,} read, {self.rows_written:,} written ({formats}), {self.rows_skipped:,} skipped"]
+        if self.left_out:
+            lines.append("left out: " + ", ".join(f"{key} ({count:,} rows)" for key, count in self.left_out.items()))
+        return "\n".join([*lines, *self.named])
 
 
 def convert(paths: list[str], out: str, format: str = "auto", split: str = "paragraphs", bad_rows: str = "stop") -> ConvertReport:
@@ -316,23 +353,24 @@ def convert(paths: list[str], out: str, format: str = "auto", split: str = "para
 
     ValueError "file:line: what is wrong. way out" at the first row that fits nothing, unless bad_rows is "skip".
     """
+    check_outputs(paths, {"--out": out})
     report = ConvertReport()
     with whole_file(out) as file:
         for path in paths:
             for line_no, row in read_any(path, split):
                 report.rows_read += 1
                 try:
+                    row = parse_row(row) if isinstance(row, str) else row
                     kind = detect(row) if format == "auto" else format
-                    converted = convert_row(row, kind)
+                    line, unused = dump_row(convert_row(row, kind)), unused_keys(row, kind)
                 except ValueError as error:
                     if bad_rows == "stop":
                         raise ValueError(f"{path}:{line_no}: {error}") from error
                     report.rows_skipped += 1
                     report.named += [f"skipped {path}:{line_no}: {error}"] if len(report.named) < NAMED else []
                     continue
-                file.write(json.dumps(converted, ensure_ascii=False) + "\n")
-                report.rows_written += 1
-                report.formats[kind] += 1
+                file.write(line)
+                report.count(kind, unused)
         if not report.rows_written:
             raise ValueError(f"{', '.join(map(str, paths))}: no row could be converted.\n{report}")
     return report

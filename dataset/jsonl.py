@@ -54,14 +54,25 @@ def parse_row(line: str) -> dict:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno}). Put one JSON object on each line.") from error
+    except RecursionError as error:
+        raise ValueError("lists or objects nested too deeply. Leave the row out.") from error
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object. Each line must be a JSON object in braces.")
-    if "\\ud" in line or "\\uD" in line:  # half of a surrogate pair is legal JSON, but UTF-8 cannot hold it
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError("half of a surrogate pair (\\ud800-\\udfff). Remove or repair that character.") from error
+    if "\\ud" in line or "\\uD" in line:
+        dump_row(row)
     return row
+
+
+def dump_row(row: dict) -> str:
+    """Return a row as a line of JSON, with its end; ValueError says what in it cannot be written."""
+    try:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:  # legal in JSON's escapes, but UTF-8 cannot hold it
+        raise ValueError("half of a surrogate pair (\\ud800-\\udfff). Remove or repair that character.") from error
+    except TypeError as error:
+        raise ValueError(f"{error}. Give text, numbers, lists and objects.") from error
+    return line
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:

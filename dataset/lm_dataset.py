@@ -26,8 +26,11 @@ if str(ROOT) not in sys.path:
 from dataset import token_cache
 from dataset.chat_format import check_conversation, encode_conversation, plain_encoder
 from dataset.jsonl import find_shards, in_share, iter_lines, parse_row
+from dataset.outputs import locked
 from dataset.packing import IGNORE
-from dataset.token_cache import EncodedBlock, EncoderPool, LineBlock, Report, TokenTable
+from dataset.processes import WorkerPool
+from dataset.text_tokens import scramble
+from dataset.token_cache import BUILDING, EncodedBlock, LineBlock, Report, TokenTable
 
 FORMAT_VERSION = 2  # raise it when the same row gives other sequences than before: old caches are then left alone
 BLOCK_ROWS, BLOCK_CHARS = 1000, 1_000_000  # a block is full when either is reached
@@ -203,8 +206,8 @@ class TokenDataset:
                  for sha256, (_, share) in zip(hashes, sources, strict=True)]
         self.fingerprint = token_cache.fingerprint(caches=names)
         folders = [cache_dir / name for name in names]
-        one_builds = nullcontext() if all(map(Path.exists, folders)) else token_cache.locked(cache_dir / self.fingerprint)
-        with one_builds, EncoderPool(encoder, num_proc) as pool:
+        one_builds = nullcontext() if all(map(Path.exists, folders)) else locked(cache_dir / self.fingerprint, BUILDING)
+        with one_builds, WorkerPool(encoder, num_proc) as pool:
             tables = [_open_or_encode(folder, pool, *source) for folder, source in zip(folders, sources, strict=True)]
         self._table = TokenTable.join(tables)
         self.report = self._table.report
@@ -235,7 +238,7 @@ class TokenDataset:
             raise ValueError(f"the share to hold out is {share}. Give one between 0 and 1.")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}. Hold out at least one row, or do not split.")
-        draws = _scramble(self._table.documents[self.rows] ^ np.uint64(_line_hash(f"held out {seed}")))
+        draws = scramble(self._table.documents[self.rows] ^ np.uint64(_line_hash(f"held out {seed}")))
         unique = np.unique(draws)  # in ascending order; one for each document, since scrambling loses nothing
         if len(unique) < 2:
             raise ValueError("one document cannot be split. Give more data, or a validation file of its own.")
@@ -278,9 +281,10 @@ class SFTDataset(TokenDataset):
         super().__init__(data_path, encoder, {**options, "seed": seed, "prompts": SYSTEM_PROMPTS}, cache_dir, num_proc)
 
 
-def _open_or_encode(folder: Path, pool: EncoderPool, path: str, share: float) -> TokenTable:
-    return token_cache.open_or_build(
-        folder, lambda: pool.encode(_line_blocks(path, share), Path(path).name, _count_rows(path, share)))
+def _open_or_encode(folder: Path, pool: WorkerPool, path: str, share: float) -> TokenTable:
+    return token_cache.open_or_build(folder, lambda: pool.map(
+        _line_blocks(path, share), f"text to tokens {Path(path).name}", lambda block: block.report.rows_read,
+        _count_rows(path, share)))
 
 
 def _line_blocks(path: str, share: float) -> Iterator[LineBlock]:
@@ -302,13 +306,6 @@ def _count_rows(path: str, share: float) -> int | None:
         return None
     with open(path, "rb") as file:
         return round(share * sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b"")))
-
-
-def _scramble(values: np.ndarray) -> np.ndarray:
-    """Mix uint64 values (the finalizer of splitmix64; Steele, Lea, Flood 2014), so that their order is random."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 if __name__ == "__main__":

@@ -134,8 +134,6 @@ def run_clean(args: CleanArgs) -> dict:
     paths = [path for path, _ in shards]
     if args.num_proc < 0:
         raise ValueError(f"--num_proc {args.num_proc}: give 1 or more, or leave it out for all cores")
-    if Path(args.out).resolve() in [Path(path).resolve() for path in paths]:
-        raise ValueError(f"--out {args.out} is one of the files to clean. Give another name.")
     limits = Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
     options = CleanOptions(limits, args.form, args.exact == "yes", args.threshold, args.numbers)
     index = build_index([path for path, _ in find_shards(args.eval)]) if args.eval else None
@@ -170,7 +168,7 @@ def main(argv=None) -> None:
         sys.exit("\ninterrupted: no output was written; a download goes on with the same command")
     except (ValueError, OSError, ImportError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if raised_in.parent != ROOT / "dataset":  # not one of our messages: the user needs all of it
+        if raised_in.parent != ROOT / "dataset" and not getattr(error, "filename", None):  # a bug: all of it is needed
             raise
         sys.exit(f"error: {error}")
 

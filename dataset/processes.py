@@ -1,4 +1,4 @@
-"""Run a function over a stream in all cores, results in the stream's order."""
+"""Work for all cores: a function over streams of items, with the results in the order of the items."""
 
 from __future__ import annotations
 
@@ -12,36 +12,70 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 
-from dataset.token_cache import num_cores
+from tqdm import tqdm
 
-AHEAD = 3  # items per process that are read before their results are taken: a bound on memory
-SERIAL_ITEMS = 4  # up to here starting processes costs more time than they save
+SERIAL_ITEMS = 8  # up to here starting processes costs more time than they save
+AHEAD = 4  # items per process that are read before their results are taken: a bound on memory
 
 
-def map_in_order(function: Callable, items: Iterable, num_proc: int | None = None) -> Iterator:
-    """Yield function(item) of each item in order, with `num_proc` processes (default: all cores) unless there are few.
+class WorkerPool:
+    """Call `function` on items in this process at first, and with `num_proc` (default: all cores) when there are many.
 
-    The processes are spawned, so function, items and results must pickle; the function is sent once to each process.
+    The processes are spawned once, for all streams, so the function, items and results must pickle; the function
+    travels once to each process. OSError where one of them is killed.
     """
-    num_proc, items = num_proc or num_cores(), iter(items)
-    first = list(islice(items, SERIAL_ITEMS + 1))
-    if num_proc == 1 or len(first) <= SERIAL_ITEMS:
-        yield from map(function, chain(first, items))
-        return
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker, (function,))
-    try:
+
+    def __init__(self, function: Callable, num_proc: int | None = None):
+        self.function, self.num_proc = function, num_proc or num_cores()
+        self._serial_left = SERIAL_ITEMS
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._executor:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, items: Iterable, name: str, num_rows: Callable, total_rows: int | None = None) -> Iterator:
+        """Yield function(item) of each item, in order.
+
+        A progress bar called `name` appears on a terminal when there is much to do; num_rows(result) says by how much
+        it moves on, total_rows where it ends, if that is known.
+        """
+        items = iter(items)
+        first = list(islice(items, self._serial_left + 1))
+        small = len(first) <= self._serial_left
+        self._serial_left = self._serial_left - len(first) if small else 0
+        everything = chain(first, items)
+        results = map(self.function, everything) if small or self.num_proc == 1 else self._in_parallel(everything)
+        with tqdm(total=total_rows, unit=" rows", desc=name, disable=small or None) as bar:  # None: where no terminal is
+            for result in results:
+                bar.update(num_rows(result))
+                yield result
+
+    def _in_parallel(self, items: Iterable) -> Iterator:
+        if not self._executor:
+            context = multiprocessing.get_context("spawn")  # fork is unsafe once torch or a tokenizer has started threads
+            self._executor = ProcessPoolExecutor(self.num_proc, context, _start_worker, (self.function,))
         pending = deque()
-        for item in chain(first, items):
-            pending.append(pool.submit(_work, item))
-            if len(pending) > AHEAD * num_proc:
+        try:
+            for item in items:
+                pending.append(self._executor.submit(_work, item))
+                if len(pending) > AHEAD * self.num_proc:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise OSError(f"one of {num_proc} processes was killed, most likely because memory ran out. "
-                      "Use fewer: a smaller --num_proc.") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        except BrokenProcessPool as error:
+            raise OSError(f"one of {self.num_proc} worker processes was killed, most likely because memory ran out. "
+                          "Use fewer: a smaller --num_proc.") from error
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than all in a container."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _function: Callable
@@ -49,6 +83,7 @@ _function: Callable
 
 def _start_worker(function: Callable) -> None:
     global _function
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too, but it is the parent that ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _function = function

@@ -1,4 +1,4 @@
-"""Text becomes tokens once: encode with all cores, keep the result on disk, read it through the memory map.
+"""Text becomes tokens once: they are kept on disk and read through the memory map.
 
 A cache is a folder that `datasets.load_from_disk` opens, plus `report.json`, and holds one file's sequences. Its name
 is the fingerprint of everything that decides its content, so a stale one is never read. Of several processes that need
@@ -11,27 +11,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
-SERIAL_BLOCKS = 8  # up to here starting processes costs more time than they save
+from dataset.outputs import locked
+from dataset.processes import num_cores as num_cores  # scripts take it from here
+
+BUILDING = "building the token cache"
 NAMED = 5  # rows that a report names of each kind
 SETTLED = 2e9  # nanoseconds after which a file is no longer being written: clocks of file systems are coarse
 
@@ -166,7 +159,7 @@ def open_or_build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) ->
     table = _open(folder)
     if isinstance(table, TokenTable):
         return table
-    with locked(folder):
+    with locked(folder, BUILDING):
         table = _open(folder)  # again: another process may have built it meanwhile
         if isinstance(table, TokenTable):
             return table
@@ -183,22 +176,6 @@ def _open(folder: Path) -> TokenTable | Exception | None:
         return TokenTable(folder) if folder.exists() else None
     except (OSError, ValueError, TypeError, LookupError) as error:
         return error
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock beside `path`, which the system releases when this process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that is building the token cache {path} ...", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) -> None:
@@ -249,81 +226,6 @@ def _datasets():
         raise ImportError("the token cache needs the library `datasets`. Install it: pip install -r "
                           "requirements.txt") from error
     return datasets
-
-
-class EncoderPool:
-    """Encode blocks in their order, in this process at first, with `num_proc` (by default all cores) from then on.
-
-    The processes are spawned, once for all files, so `encoder` must pickle. OSError where one of them is killed.
-    """
-
-    def __init__(self, encoder: Callable[[LineBlock], EncodedBlock], num_proc: int | None = None):
-        self.encoder, self.num_proc = encoder, num_proc or num_cores()
-        self._serial_left = SERIAL_BLOCKS
-        self._executor: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> EncoderPool:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._executor:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def encode(self, blocks: Iterable[LineBlock], name: str = "", total_rows: int | None = None) -> Iterator[EncodedBlock]:
-        """Yield the blocks encoded. A progress bar called `name` appears on a terminal when there is much to do."""
-        blocks = iter(blocks)
-        first = list(islice(blocks, self._serial_left + 1))
-        small = len(first) <= self._serial_left
-        self._serial_left = self._serial_left - len(first) if small else 0
-        everything = chain(first, blocks)
-        encoded = map(self.encoder, everything) if small or self.num_proc == 1 else self._in_parallel(everything)
-        with tqdm(total=total_rows, unit=" rows", desc=f"text to tokens {name}", disable=small or None) as bar:  # None: no tty
-            for block in encoded:
-                bar.update(block.report.rows_read)
-                yield block
-
-    def _in_parallel(self, blocks) -> Iterator[EncodedBlock]:
-        if not self._executor:
-            context = multiprocessing.get_context("spawn")  # fork is unsafe once torch or a tokenizer has started threads
-            self._executor = ProcessPoolExecutor(self.num_proc, context, _start_worker, (self.encoder,))
-        pending = deque()
-        try:
-            for block in blocks:
-                pending.append(self._executor.submit(_encode_in_worker, block))
-                if len(pending) > 4 * self.num_proc:  # a bound: the reader must not load the whole file ahead of them
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise OSError(f"one of {self.num_proc} processes that turn text into tokens was killed, most likely because "
-                          "memory ran out. Use fewer: a smaller --num_proc.") from error
-
-
-def num_cores() -> int:
-    """Cores that this process may use: fewer than all in a container."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-_worker_encoder: Callable[[LineBlock], EncodedBlock]
-
-
-def _start_worker(encoder) -> None:
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too, but it is the parent that ends them
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_encoder = encoder
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # the parent was killed: nobody will ever send another block
-
-
-def _encode_in_worker(block: LineBlock) -> EncodedBlock:
-    return _worker_encoder(block)
 
 
 def fingerprint(**parts) -> str:

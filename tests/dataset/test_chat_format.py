@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from dataset.chat_format import check_conversation, encode_conversation, encode_prompt, normalize_conversation
 from dataset.jsonl import read_rows
@@ -15,11 +14,6 @@ SYSTEM_TOOLS = (
     "To call a function, write its name and arguments as JSON:\n<tool_call>\n"
     '{{"name": <function name>, "arguments": <arguments object>}}\n</tool_call>'
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "model")
 
 
 def turn(role, text):

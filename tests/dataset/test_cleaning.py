@@ -4,6 +4,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from dataset import contamination
 from dataset import near_duplicates as near
 from dataset.cleaning import (
     Limits,
@@ -200,7 +201,9 @@ def test_different_numbers_keep_rows_apart_where_they_matter():
     assert numbers[0] == numbers[1] and len(set(numbers.tolist())) == 3
 
 
-def test_evaluation_files_are_found_in_rows(tmp_path):
+@pytest.mark.parametrize("rows_at_a_time", [10_000, 2])
+def test_evaluation_files_are_found_in_rows(tmp_path, monkeypatch, rows_at_a_time):
+    monkeypatch.setattr(contamination, "ROWS_AT_A_TIME", rows_at_a_time)
     question = "How many of the forty seven grey herons that nest beside the old mill return every year in spring?"
     rows = [f'{{"question": "{question}", "subject": "{ENGLISH}"}}', f'{{"问": "{CHINESE}"}}', '{"q": "Too short."}',
             '{"q": "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53"}']

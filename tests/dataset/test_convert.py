@@ -6,6 +6,7 @@ from pyarrow import parquet
 
 from dataset.chat_format import check_conversation
 from dataset.convert import convert, convert_row, detect, read_any
+from dataset.jsonl import read_rows
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
@@ -20,6 +21,11 @@ CALL = {"name": "clock", "arguments": {"city": "Oslo"}}
      {"conversations": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"},
                         {"role": "assistant", "content": "a"}, {"role": "user", "content": "Q\nI"}, ASSISTANT]}),
     ("alpaca", {"question": "Q", "answer": "A"}, {"conversations": [USER, ASSISTANT]}),
+    ("alpaca", {"system_prompt": "S", "question": "Q", "response": "A", "reasoning": "R"},
+     {"conversations": [{"role": "system", "content": "S"}, USER, {**ASSISTANT, "reasoning_content": "R"}]}),
+    ("alpaca", {"question": "Q", "context": "C", "answer": "A"}, {"conversations": [{**USER, "content": "Q\nC"}, ASSISTANT]}),
+    ("alpaca", {"prompt": "Q", "input": "I", "output": "A"}, {"conversations": [{**USER, "content": "Q\nI"}, ASSISTANT]}),
+    ("alpaca", {"instruction": "", "input": "Q", "output": "A"}, {"conversations": [USER, ASSISTANT]}),
     ("alpaca", {"prompt": "Q", "completion": "[1, 2]"},
      {"conversations": [USER, {"role": "assistant", "content": "[1, 2]"}]}),
     ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"},
@@ -27,6 +33,13 @@ CALL = {"name": "clock", "arguments": {"city": "Oslo"}}
     ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": json.dumps(CALL)},
                                     {"from": "observation", "value": "19:02"}, {"from": "gpt", "value": "A"}],
                   "tools": json.dumps(TOOLS)},
+     {"conversations": [{"role": "system", "content": "", "tools": json.dumps(TOOLS)}, USER,
+                        {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
+                        {"role": "tool", "content": "19:02"}, ASSISTANT]}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", "reasoning_content": "R"}]},
+     {"conversations": [USER, {**ASSISTANT, "reasoning_content": "R"}]}),
+    ("messages", {"messages": [{"role": "system", "content": ""}, USER, {"role": "function_call", "content": json.dumps(CALL)},
+                               {"role": "function", "content": "19:02"}, ASSISTANT], "functions": TOOLS},
      {"conversations": [{"role": "system", "content": "", "tools": json.dumps(TOOLS)}, USER,
                         {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
                         {"role": "tool", "content": "19:02"}, ASSISTANT]}),
@@ -48,6 +61,9 @@ CALL = {"name": "clock", "arguments": {"city": "Oslo"}}
                     "rejected": {"from": "gpt", "value": "B"}, "system": "S"},
      {"chosen": [{"role": "system", "content": "S"}, USER, ASSISTANT],
       "rejected": [{"role": "system", "content": "S"}, USER, {"role": "assistant", "content": "B"}]}),
+    ("preference", {"instruction": "Q", "history": [["q", "a"]], "chosen": "A", "rejected": "B"},
+     {side: [{**USER, "content": "q"}, {**ASSISTANT, "content": "a"}, USER, {**ASSISTANT, "content": text}]
+      for side, text in (("chosen", "A"), ("rejected", "B"))}),
     ("preference", {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "B"}]},
      {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "B"}]}),
 ])
@@ -85,6 +101,11 @@ def test_a_conversion_renders(tmp_path):
     ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 0 has the unknown role 'narrator'"),
     ({"conversations": [{"from": "human", "value": "Q"}]}, "no message of the assistant"),
     ({"conversations": [{"from": "function_call", "value": "clock"}]}, "message 0: the call is not JSON"),
+    ({"conversations": [{"role": ["user"], "content": "x"}]}, r"message 0 has the unknown role \['user'\]"),
+    ({"messages": [{"role": "system", "content": "S"}, USER, ASSISTANT], "system": "other"}, "differ in their content"),
+    ({"messages": [USER, {**ASSISTANT, "reasoning_content": ["R"]}]}, "reasoning_content is no string"),
+    ({"question": "Q", "answer": "A", "image": "cat.png"}, "image cannot be learned, only text"),
+    ({"text": "a", None: ["b"]}, "more fields than the table's first line"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "content of type NoneType"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "message 0 has a part that is no text"),
     ({"chosen": "A", "rejected": "B"}, "chosen holds only the answer, and there is no prompt"),
@@ -105,8 +126,19 @@ def test_every_kind_of_file(tmp_path):
     (tmp_path / "a.tsv").write_text('instruction\toutput\n"问\n一"\t"A, ""b"""\nQ2\t二\n', encoding="utf-8")
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name, second in (("json", 2), ("jsonl", 2), ("csv", 4), ("tsv", 4), ("parquet", 2)):
-        assert list(read_any(tmp_path / f"a.{name}"))[1] == (second, rows[1]), name
-        assert [row for _, row in read_any(tmp_path / f"a.{name}")] == rows, name
+        found = [(line_no, json.loads(row) if name == "jsonl" else row) for line_no, row in read_any(tmp_path / f"a.{name}")]
+        assert found[1] == (second, rows[1]) and found[0][1] == rows[0], name
+
+
+def test_fields_that_parquet_adds_are_taken_away(tmp_path):
+    rows = [{"messages": [USER, {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}], "answer": answer}
+            for name, arguments, answer in (("clock", {"city": "Oslo"}, None), ("sum", {"a": 1, "b": 2}, "3"))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    convert([str(tmp_path / "a.parquet")], str(tmp_path / "b.jsonl"))
+    found = [row for _, row in read_rows(tmp_path / "b.jsonl")]
+    assert [json.loads(row["conversations"][1]["tool_calls"]) for row in found] == [
+        [{"name": "clock", "arguments": {"city": "Oslo"}}], [{"name": "sum", "arguments": {"a": 1, "b": 2}}]]
+    assert "answer" not in found[0] and found[1]["answer"] == "3"
 
 
 def test_text_files(tmp_path):
@@ -118,19 +150,22 @@ def test_text_files(tmp_path):
 
 def test_a_bad_row_stops_or_is_named(tmp_path):
     source, out = tmp_path / "a.jsonl", tmp_path / "out" / "b.jsonl.gz"
-    source.write_text('{"text": "T"}\n\n{"x": 1}\n{"instruction": "Q", "output": "A"}\n', encoding="utf-8")
+    source.write_text('{"text": "T", "url": "u"}\n\n{"x": 1}\n{"instruction": "Q", "output": "A", "id": 7, "n": ""}\n{bad\n'
+                      '{"text": "\\ud800"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl:3: the keys x fit no format"):
         convert([str(source)], str(out))
     assert not out.exists() and not list(out.parent.iterdir())
     report = convert([str(source)], str(out), bad_rows="skip")
-    assert (report.rows_read, report.rows_written, report.rows_skipped) == (3, 2, 1)
-    assert report.formats == {"text": 1, "alpaca": 1} and "a.jsonl:3" in str(report)
-    assert [row for _, row in read_any(out)] == [{"text": "T"}, {"conversations": [USER, ASSISTANT]}]
+    assert (report.rows_read, report.rows_written, report.rows_skipped) == (5, 2, 3)
+    assert report.formats == {"text": 1, "alpaca": 1} and all(f"a.jsonl:{line}: " in str(report) for line in (3, 5, 6))
+    assert "left out: url (1 rows), id (1 rows)\n" in str(report)
+    assert [row for _, row in read_rows(out)] == [{"text": "T"}, {"conversations": [USER, ASSISTANT]}]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.json", b'{"text": "T"}', "no list of objects"), ("a.json", b"[", "not JSON in UTF-8"),
-    ("a.txt", "中".encode("gbk"), "not UTF-8"), ("a.csv", b"text\n\xff\xfe\n", "no row of a table in UTF-8"),
+    ("a.txt", b"one\n" + "中".encode("gbk"), r"a\.txt:2: not UTF-8"), ("a.csv", b"text\n\xff\xfe\n", r"a\.csv:2: not UTF-8"),
+    ("a.csv", b'text\ngood\n"never closed\nand so on\n', r"a\.csv:3: no row of a table"),
     ("a.parquet", b"PAR1", "damaged Parquet file"), ("a.doc", b"x", "unknown file type"),
 ])
 def test_files_that_cannot_be_read(tmp_path, name, content, message):

@@ -49,6 +49,11 @@ def test_bad_rows_are_named(tmp_path, line, message):
     assert str(caught.value) == f"{path}:3: {message}"
 
 
+def test_deep_nesting_is_a_bad_row():
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_row('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
 def test_whole_surrogate_pairs_and_escaped_backslashes_are_text():
     assert parse_row(r'{"text": "\ud83d\ude00 \\ud83d"}') == {"text": "😀 \\ud83d"}
 

@@ -1,63 +1,21 @@
 """Datasets: every token a target once, masks from the template, faulty rows named, splits and draws by the row alone."""
 
 import json
-import lzma
 import pickle
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from dataset import inspect_rows, lm_dataset
+from dataset import lm_dataset
 from dataset.chat_format import encode_conversation
-from dataset.lm_dataset import PretrainDataset, SFTDataset, token_byte_lengths
+from dataset.lm_dataset import PretrainDataset, token_byte_lengths
 from dataset.packing import PackedBatches
 from dataset.token_cache import LineBlock
+from tests.dataset.rows import chat, targets_of, text_of, write
 
-ROOT = Path(__file__).resolve().parents[2]
-CORPORA = ROOT.parent / "shared" / "data"
 END, IM_END = 0, 2
 TEXTS = ["hello world", "从零开始训练一个语言模型。", "第一行\nsecond line 🙂", "a" * 300, "x"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "model")
-
-
-@pytest.fixture
-def pretrain(tmp_path, tokenizer):
-    return lambda rows, max_seq_len=64, **options: PretrainDataset(
-        write(tmp_path / "rows.jsonl", rows), tokenizer, max_seq_len, cache_dir=tmp_path / "cache", **options)
-
-
-@pytest.fixture
-def sft(tmp_path, tokenizer):
-    return lambda rows, max_seq_len=256, **options: SFTDataset(
-        write(tmp_path / "rows.jsonl", rows), tokenizer, max_seq_len, cache_dir=tmp_path / "cache", **options)
-
-
-def write(path, rows):
-    """Write rows, of which a string is a line as it stands."""
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def chat(question="What is 2 + 2?", answer="4.", **extra):
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]}
-
-
-def text_of(tokenizer, dataset, index=0):
-    return tokenizer.decode(dataset[index]["input_ids"], skip_special_tokens=False)
-
-
-def targets_of(tokenizer, dataset, index=0):
-    labels = dataset[index]["labels"]
-    return tokenizer.decode(labels[labels != -100], skip_special_tokens=False)
 
 
 # pretraining ----------------------------------------------------------------------------------------------------------
@@ -254,118 +212,11 @@ def test_options_out_of_range_are_refused(pretrain, sft):
         sft(["{}"], empty_think_share=1.5)
 
 
-def test_several_files_and_shares(tokenizer, tmp_path):
-    first = write(tmp_path / "a.jsonl", [{"text": f"a {i}"} for i in range(50)])
-    second = tmp_path / "b.jsonl.xz"
-    second.write_bytes(lzma.compress("".join(f'{{"text": "b {i}"}}\n' for i in range(1000)).encode()))
-
-    def texts(*paths):
-        dataset = PretrainDataset([str(path) for path in paths], tokenizer, 64, cache_dir=tmp_path / "cache")
-        return [tokenizer.decode(dataset[i]["input_ids"][1:-1]) for i in range(len(dataset))]
-
-    both = texts(first, f"{second}@0.4")
-    assert both[:50] == [f"a {i}" for i in range(50)]
-    assert 380 <= len(both) - 50 <= 420
-    assert both[50:] == texts(f"{second}@0.4")  # the same rows whatever else is read
-    assert set(both[50:]) < set(texts(second))
-    with pytest.raises(ValueError, match=r"1\.5 is not a share"):
-        texts(f"{first}@1.5")
-
-
-@pytest.fixture
-def encoded_files(monkeypatch):
-    """Names of the files that became tokens, in order."""
-    found, line_blocks = [], lm_dataset._line_blocks
-    monkeypatch.setattr(lm_dataset, "_line_blocks", lambda path, share: found.append(Path(path).name) or line_blocks(path, share))
-    return found
-
-
-def test_a_new_shard_or_share_leaves_the_others_as_they_are(tokenizer, tmp_path, encoded_files):
-    def dataset(entries):
-        paths = [str(tmp_path / entry) for entry in entries.split()]
-        return SFTDataset(paths, tokenizer, 256, cache_dir=tmp_path / "cache", system_prompt_share=0.5, empty_think_share=0.5)
-
-    def rows(dataset):
-        return [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
-
-    for name in ("b", "c", "a"):
-        write(tmp_path / f"{name}.jsonl", [chat(f"{name}, question {i}?") for i in range(20)])
-    first = dataset("b.jsonl c.jsonl")
-    whole = dataset(".")
-    assert encoded_files == ["b.jsonl", "c.jsonl", "a.jsonl"]
-    assert rows(whole)[20:] == rows(first) and whole.report.rows_read == 60
-    part = dataset("[ab].jsonl c.jsonl@0.5")
-    assert encoded_files[3:] == ["c.jsonl"]  # each share of a file is a cache of its own
-    assert rows(part)[:40] == rows(whole)[:40] and set(map(str, rows(part)[40:])) < set(map(str, rows(whole)[40:]))
-    (tmp_path / "b.jsonl").rename(tmp_path / "z.jsonl")
-    again = dataset("z.jsonl c.jsonl")
-    assert len(encoded_files) == 4 and again.fingerprint == first.fingerprint and rows(again) == rows(first)
-    assert len({first.fingerprint, whole.fingerprint, part.fingerprint, dataset("c.jsonl z.jsonl").fingerprint}) == 4
-
-
-def test_a_file_without_targets_is_no_trouble_among_others(tokenizer, tmp_path):
-    def dataset(*names):
-        return SFTDataset([tmp_path / name for name in names], tokenizer, 256, cache_dir=tmp_path / "cache")
-
-    write(tmp_path / "mute.jsonl", [{"conversations": [{"role": "user", "content": "hi"}]}] * 2)
-    write(tmp_path / "chat.jsonl", [chat()])
-    both = dataset("mute.jsonl", "chat.jsonl")
-    assert len(both) == 1 and targets_of(tokenizer, both) == "4.<|im_end|>" and both.report.rows_no_target == 2
-    for _ in range(2):  # when it is built, and from the cache
-        with pytest.raises(ValueError, match=r"no sequence to train on\.(.*\n)*no target: .*mute\.jsonl:1; .*mute\.jsonl:2\n"):
-            dataset("mute.jsonl")
-
-
-def test_a_missing_shard_is_named_before_the_others_become_tokens(tokenizer, tmp_path, encoded_files):
-    write(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match=r"b\.jsonl: no such file"):
-        PretrainDataset([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer, 64, cache_dir=tmp_path / "cache")
-    assert encoded_files == []
-
-
-def test_of_several_runs_that_start_at_once_one_builds_everything(tokenizer, tmp_path, encoded_files):
-    for name in ("a", "b", "c"):
-        write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(50)])
-    with ThreadPoolExecutor(3) as runs:
-        found = [runs.submit(PretrainDataset, tmp_path, tokenizer, 64, cache_dir=tmp_path / "cache") for _ in range(3)]
-    assert [len(run.result()) for run in found] == [150] * 3
-    assert encoded_files == ["a.jsonl", "b.jsonl", "c.jsonl"]
-
-
-def test_a_build_goes_on_with_the_file_that_stopped_it(tokenizer, tmp_path, encoded_files):
-    write(tmp_path / "a.jsonl", [{"text": "a"}])
-    write(tmp_path / "b.jsonl", [{"text": "b"}, {"text": 5}])
-    with pytest.raises(ValueError, match=r"b\.jsonl:2"):
-        PretrainDataset(tmp_path, tokenizer, 64, cache_dir=tmp_path / "cache")
-    write(tmp_path / "b.jsonl", [{"text": "b"}, {"text": "5"}])
-    assert len(PretrainDataset(tmp_path, tokenizer, 64, cache_dir=tmp_path / "cache")) == 3
-    assert encoded_files == ["a.jsonl", "b.jsonl", "b.jsonl"]
-
-
 def test_a_dataset_travels_to_loader_processes(sft):
     dataset = sft([chat(f"Question {i}?") for i in range(50)]).held_out_split(0.2)[0]
     copy = pickle.loads(pickle.dumps(dataset))
     assert all(copy[i][name].tolist() == dataset[i][name].tolist() for i in range(len(dataset)) for name in dataset[i])
     assert copy.lengths.tolist() == dataset.lengths.tolist() and copy.fingerprint == dataset.fingerprint
-
-
-def test_the_cache_is_used_again_and_its_name_tells_what_it_holds(pretrain, sft, monkeypatch):
-    rows = [{"text": text} for text in TEXTS]
-    first = pretrain(rows)
-    others = [pretrain(rows, 63).fingerprint, pretrain(rows[1:]).fingerprint,
-              pretrain(rows, bad_rows="skip").fingerprint, sft([chat()]).fingerprint,
-              sft([chat()], seed=1).fingerprint, sft([chat()], system_prompt_share=1.0).fingerprint]
-    assert len({first.fingerprint, *others}) == 7
-    monkeypatch.setattr(lm_dataset, "_line_blocks", None)  # a build would call it
-    again = pretrain(rows)
-    assert again.fingerprint == first.fingerprint and str(again.report) == str(first.report)
-    assert all(np.array_equal(again[i]["labels"], first[i]["labels"]) for i in range(len(first)))
-
-
-def test_another_tokenizer_or_template_is_another_cache(sft, tokenizer, monkeypatch):
-    before = sft([chat()]).fingerprint
-    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + "{# changed #}")
-    assert sft([chat()]).fingerprint != before
 
 
 def documents_of(tokenizer, view):
@@ -436,54 +287,3 @@ def test_lines_are_cut_into_blocks_without_loss(tmp_path, monkeypatch):
     assert max(len(block.lines) for block in blocks) <= 7 and len(blocks) > 5
     assert lm_dataset._count_rows(path, 0.5) == 15
     assert lm_dataset._count_rows("rows.jsonl.xz", 1.0) is None
-
-
-# looking at rows ------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_shown_with_what_is_trained(sft, tokenizer, capsys):
-    inspect_rows.show_rows(sft([chat("你好吗？", "很好🙂。"), chat()]), tokenizer, 1)
-    shown = capsys.readouterr().out
-    assert "<|im_start|>user\n你好吗？<|im_end|>\n<|im_start|>assistant\n⟦很好🙂。<|im_end|>⟧\n" in shown
-    assert "sequence 1" not in shown and "2 read, 2 used" in shown and "% padding" in shown
-
-
-def test_colour_is_for_terminals(sft, tokenizer, capsys, monkeypatch):
-    dataset = sft([chat()])
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    inspect_rows.show_rows(dataset, tokenizer, 1)
-    assert "\033[32m4.<|im_end|>\033[0m" in capsys.readouterr().out
-    monkeypatch.setenv("NO_COLOR", "1")
-    inspect_rows.show_rows(dataset, tokenizer, 1)
-    assert "\033" not in capsys.readouterr().out
-
-
-def test_the_command_inspects_a_file(tmp_path, capsys):
-    for rows, mark in (([chat()], "⟦4.<|im_end|>⟧"), ([{"text": "hi"}], "<|endoftext|>⟦hi<|endoftext|>⟧")):
-        path = write(tmp_path / "rows.jsonl", rows)
-        inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache"), "--json",
-                           str(tmp_path / "new" / "figures.json")])
-        assert mark in capsys.readouterr().out
-        assert json.loads((tmp_path / "new" / "figures.json").read_text())["rows_read"] == 1
-    write(path, [{"text": "hi"}, {"text": None}])
-    with pytest.raises(SystemExit, match=r'^error: .*rows\.jsonl:2: "text" is of type'):
-        inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache")])
-
-
-# real corpora ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not CORPORA.exists(), reason="the real corpora are not here")
-@pytest.mark.parametrize(("dataset_class", "names"), [
-    (PretrainDataset, ["pretrain/pt_zh_lctt_tech", "pretrain/pt_en_wiki", "pretrain/pt_en_debian_docs"]),
-    (SFTDataset, ["sft/sft_en_gpteacher"]), (SFTDataset, ["sft/sft_zh_oasst", "sft/sft_zh_classical_translate"]),
-], ids=["pretrain", "sft_en", "sft_zh"])
-def test_real_corpora_pack_with_little_waste(tokenizer, tmp_path, dataset_class, names):
-    paths = []
-    for name in names:
-        with lzma.open(CORPORA / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
-            paths.append(write(tmp_path / f"{Path(name).name}.jsonl", [line.rstrip("\n") for line, _ in zip(file, range(300))]))
-    dataset = dataset_class(paths, tokenizer, 512, cache_dir=tmp_path / "cache", num_proc=1)
-    assert dataset.report.rows_read == 300 * len(names)
-    assert inspect_rows.packing_waste(dataset) < 0.03

@@ -118,7 +118,11 @@ def test_nothing_is_left_behind_after_an_error(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("argv", "message"), [
     (["clean", "none.jsonl", "--out", "o.jsonl"], "none.jsonl: no such file"),
     (["clean", "{a}", "--out", "o.txt"], "o.txt: unknown file type"),
-    (["clean", "{a}", "--out", "{a}"], "is one of the files to clean"),
+    (["clean", "{a}", "--out", "{a}"], "a.jsonl is one of the files to read"),
+    (["clean", "{a}", "--out", "o.jsonl", "--rejected", "{a}"], "--rejected {a} is one of the files to read"),
+    (["clean", "{a}", "--out", "o.jsonl", "--rejected", "./o.jsonl"], "./o.jsonl is what --out names"),
+    (["clean", "{a}", "--out", "{a}/o.jsonl"], "File exists: '{a}'"),
+    (["convert", "{a}", "--out", "{a}"], "--out {a} is one of the files to read"),
     (["clean", "{a}", "--out", "o.jsonl", "--threshold", "0.1"], "--threshold 0.1: give a similarity"),
     (["clean", "{a}", "--out", "o.jsonl", "--min_letters", "2"], "--min_letters 2.0: give a share"),
     (["clean", "{a}", "--out", "o.jsonl", "--num_proc", "-1"], "--num_proc -1"),
@@ -130,17 +134,39 @@ def test_mistakes_end_with_one_line(corpus, tmp_path, monkeypatch, argv, message
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         run(*(arg.replace("{a}", corpus[0][0]) for arg in argv))
-    assert str(caught.value).startswith("error: ") and message in str(caught.value) and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith("error: ") and message.replace("{a}", corpus[0][0]) in said and "\n" not in said
     assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_convert_then_clean_as_a_user(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Say hi", "output": "hi"}] * 2), encoding="utf-8")
     command = [sys.executable, str(ROOT / "dataset" / "prepare_data.py")]
-    for argv in (["convert", "a.json", "--out", "b.jsonl"], ["clean", "b.jsonl", "--out", "c.jsonl"]):
+    for argv in (["convert", "a.json", "--out", "b.jsonl", "--json", "f.json"], ["clean", "b.jsonl", "--out", "c.jsonl"]):
         subprocess.run([*command, *argv], cwd=tmp_path, check=True, capture_output=True)
     assert [row for _, row in read_rows(tmp_path / "c.jsonl")] == [chat("Say hi", "hi")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.jsonl", "c.jsonl"]
+    assert json.loads((tmp_path / "f.json").read_text())["formats"] == {"alpaca": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.jsonl", "c.jsonl", "f.json"]
+
+
+ROWS = ['{"text": "one two three four five six"}\n', '{"text": "seven eight nine ten eleven"}\n']
+
+
+@pytest.mark.parametrize(("changed", "where"), [
+    (ROWS[:1], "a.jsonl: the file has lost rows"), (ROWS * 2, "a.jsonl:3: the file has changed"),
+    ([ROWS[0], ROWS[1].replace("ten", "10")], "a.jsonl:2: the file has changed")])
+def test_a_file_that_changes_meanwhile_is_named(tmp_path, monkeypatch, changed, where):
+    def judge_and_change(*args):
+        verdicts = judge(*args)
+        path.write_text("".join(changed), encoding="utf-8")
+        return verdicts
+
+    path, judge = tmp_path / "a.jsonl", clean_corpus.judge_locally
+    path.write_text("".join(ROWS), encoding="utf-8")
+    monkeypatch.setattr(clean_corpus, "judge_locally", judge_and_change)
+    with pytest.raises(ValueError, match=where):
+        clean([str(path)], str(tmp_path / "out.jsonl"), CleanOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_without_ray_the_message_says_what_to_install(corpus, tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dataset import token_cache
-from dataset.token_cache import EncodedBlock, EncoderPool, LineBlock, Report, TokenTable, open_or_build
+from dataset.processes import WorkerPool
+from dataset.token_cache import EncodedBlock, LineBlock, Report, TokenTable, open_or_build
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,8 +24,6 @@ def encode_block(block: LineBlock) -> EncodedBlock:
     parts = [np.array([ord(char) for char in line], dtype=np.uint16) for _, line in block.lines]
     if any(line == "out of memory" for _, line in block.lines):
         os.kill(os.getpid(), signal.SIGKILL)
-    if any(line == "bad" for _, line in block.lines):
-        raise ValueError(f"{block.path}:{block.lines[0][0]}: bad line. Mend it.")
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     ids = np.concatenate(parts) if parts else np.empty(0, np.uint16)
     report = Report(rows_read=len(parts), rows_used=len(parts), sequences=len(parts), tokens=len(ids))
@@ -132,13 +131,14 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path, error):
 
 BUILDER = """
 import os, pathlib, signal, sys, time
-from dataset.token_cache import EncoderPool, open_or_build
+from dataset.processes import WorkerPool
+from dataset.token_cache import open_or_build
 from tests.dataset.test_token_cache import encode_block, line_blocks
 
 def blocks(how, folder):
     print("building", flush=True)
-    with EncoderPool(encode_block, 2) as pool:
-        for number, block in enumerate(pool.encode(line_blocks(60))):
+    with WorkerPool(encode_block, 2) as pool:
+        for number, block in enumerate(pool.map(line_blocks(60), "", len)):
             yield block
             if number == 20:
                 print(*pool._executor._processes, flush=True)
@@ -275,44 +275,11 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
         open_or_build(tmp_path / "cache", encoded)
 
 
-def in_processes(blocks, num_proc):
-    with EncoderPool(encode_block, num_proc) as pool:
-        return list(pool.encode(blocks))
-
-
-def test_two_processes_give_what_one_gives():
-    blocks = line_blocks(40)
-    alone, together = in_processes(blocks, 1), in_processes(blocks, 2)
-    assert len(alone) == len(together) == 40
-    for a, b in zip(alone, together, strict=True):
-        assert a.columns["input_ids"].tolist() == b.columns["input_ids"].tolist()
-        assert (a.lengths.tolist(), a.documents.tolist(), a.report) == (b.lengths.tolist(), b.documents.tolist(), b.report)
-
-
-def test_an_error_in_a_process_reaches_the_user():
-    blocks = [*line_blocks(20), LineBlock("f.jsonl", [(77, "bad")]), *line_blocks(5)]
-    with pytest.raises(ValueError, match=r"f\.jsonl:77: bad line\. Mend it\."):
-        in_processes(blocks, 2)
-
-
-def test_a_killed_process_is_an_error_with_advice(tmp_path):
+def test_a_killed_process_leaves_no_cache(tmp_path):
     blocks = [*line_blocks(20), LineBlock("f.jsonl", [(77, "out of memory")]), *line_blocks(40)]
-    with EncoderPool(encode_block, 2) as pool, pytest.raises(OSError, match=r"one of 2 processes .* was killed.*--num_proc"):
-        open_or_build(tmp_path / "cache", lambda: pool.encode(blocks))
+    with WorkerPool(encode_block, 2) as pool, pytest.raises(OSError, match=r"one of 2 worker processes was killed.*--num_proc"):
+        open_or_build(tmp_path / "cache", lambda: pool.map(blocks, "", len))
     assert names(tmp_path) == []
-
-
-def test_small_files_start_no_process_and_several_share_the_processes(monkeypatch):
-    started = []
-    executor = token_cache.ProcessPoolExecutor
-    monkeypatch.setattr(token_cache, "ProcessPoolExecutor", lambda *args: started.append(1) or executor(*args))
-    with EncoderPool(encode_block, 2) as pool:
-        for count in (5, 3):
-            assert len(list(pool.encode(line_blocks(count)))) == count
-        assert not started
-        for count in (1, 20, 2):
-            assert [int(block.documents[0]) for block in pool.encode(line_blocks(count))] == list(range(count))
-    assert started == [1]
 
 
 def test_reports_add_up_and_name_the_first_rows():

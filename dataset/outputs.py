@@ -1,0 +1,108 @@
+"""What is written appears whole or not at all: locks, output files and scratch folders that a killed process cannot spoil.
+
+The system releases a lock when its process ends, however it ends. So what lies under a free lock is a left-over, and
+the next process removes it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+WRITERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+
+
+@contextmanager
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """Hold the lock beside `path`; wait while another process holds it, and say so: "waiting for ... that is <doing>"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is {doing} {path} ...", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_name(path: str | Path) -> None:
+    """ValueError unless the file's ending is one that can be written."""
+    if not str(path).endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
+        raise ValueError(f"{path}: unknown file type. Give a name that ends in .jsonl, .jsonl.gz or .jsonl.xz.")
+
+
+def check_outputs(inputs: Iterable[str | Path], outputs: dict[str, str]) -> None:
+    """ValueError unless each output (flag: path, "" for none) can be written and is neither an input nor another output."""
+    taken = {Path(path).resolve(): "is one of the files to read" for path in inputs}
+    for flag, path in outputs.items():
+        if path:
+            check_name(path)
+            if Path(path).resolve() in taken:
+                raise ValueError(f"{flag} {path} {taken[Path(path).resolve()]}. Give another name.")
+            taken[Path(path).resolve()] = f"is what {flag} names"
+
+
+@contextmanager
+def whole_file(path: str | Path):
+    """Open a .jsonl, .jsonl.gz or .jsonl.xz file for text in UTF-8, written beside its place and renamed when whole.
+
+    After an error there is no file, or the former one. ValueError: unknown ending; OSError: another process writes it.
+    """
+    path = Path(path)
+    check_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    with _lock_that_vanishes(partial) as free:
+        if not free:
+            raise OSError(f"{path}: another process is writing this file. Wait for it, or give another name.")
+        try:
+            with WRITERS[path.suffix](partial, "wt", encoding="utf-8", newline="\n") as file:
+                yield file
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Make a folder for intermediate results, which is gone in the end, as are those that killed processes left there."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for old in {str(path).removesuffix(".lock") for path in parent.glob(f"{prefix}*")}:
+        with _lock_that_vanishes(old) as free:
+            if free:
+                shutil.rmtree(old, ignore_errors=True)
+    folder = parent / f"{prefix}{secrets.token_hex(4)}"
+    with _lock_that_vanishes(folder):  # taken before there is a folder: none is ever without its lock
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock_that_vanishes(path: str | Path) -> Iterator[bool]:
+    """Try to hold the lock beside `path`, yield whether that worked, and remove the lock in the end."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows removes it at the release
+            os.unlink(lock.lock_file)  # while it is held: afterwards it could be another process's
+        lock.release()

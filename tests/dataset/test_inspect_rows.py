@@ -1,0 +1,36 @@
+import json
+
+import pytest
+
+from dataset import inspect_rows
+from tests.dataset.rows import chat, write
+
+
+def test_rows_are_shown_with_what_is_trained(sft, tokenizer, capsys):
+    inspect_rows.show_rows(sft([chat("你好吗？", "很好🙂。"), chat()]), tokenizer, 1)
+    shown = capsys.readouterr().out
+    assert "<|im_start|>user\n你好吗？<|im_end|>\n<|im_start|>assistant\n⟦很好🙂。<|im_end|>⟧\n" in shown
+    assert "sequence 1" not in shown and "2 read, 2 used" in shown and "% padding" in shown
+
+
+def test_colour_is_for_terminals(sft, tokenizer, capsys, monkeypatch):
+    dataset = sft([chat()])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    inspect_rows.show_rows(dataset, tokenizer, 1)
+    assert "\033[32m4.<|im_end|>\033[0m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    inspect_rows.show_rows(dataset, tokenizer, 1)
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_the_command_inspects_a_file(tmp_path, capsys):
+    for rows, mark in (([chat()], "⟦4.<|im_end|>⟧"), ([{"text": "hi"}], "<|endoftext|>⟦hi<|endoftext|>⟧")):
+        path = write(tmp_path / "rows.jsonl", rows)
+        inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache"), "--json",
+                           str(tmp_path / "new" / "figures.json")])
+        assert mark in capsys.readouterr().out
+        assert json.loads((tmp_path / "new" / "figures.json").read_text())["rows_read"] == 1
+    write(path, [{"text": "hi"}, {"text": None}])
+    with pytest.raises(SystemExit, match=r'^error: .*rows\.jsonl:2: "text" is of type'):
+        inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache")])
