@@ -226,8 +226,11 @@ class Attention(nn.Module):
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads T d
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, self.layer_idx)  # B K S d
+            if T == 1 and k.shape[2] > 1:  # one query: the heads that share keys become its rows, and no key is repeated
+                q = q.view(B, k.shape[1], -1, self.head_dim)  # B K H/K d
             causal = mask is None and T > 1
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+            out = out.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # B T H d
         return self.o_proj(out.reshape(B, T, -1))
 
     @staticmethod

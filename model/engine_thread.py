@@ -1,0 +1,95 @@
+"""An engine in a thread of its own, for programs in which many ask at once: the server and the web page."""
+
+import queue
+import threading
+from collections import deque
+
+
+class EngineThread:
+    """Runs `engine` while there is work; every method may be called from any thread.
+
+    after_step: called in the engine's thread when all outputs of a step were handed on.
+    """
+
+    def __init__(self, engine, after_step=None):
+        self.engine, self.after_step = engine, after_step
+        self.inbox, self.wake, self.failure, self.is_closing = deque(), threading.Event(), None, False
+        self.num_finished = 0
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    @property
+    def num_running(self):
+        return len(self.engine.running) + (self.engine.prefilling is not None)
+
+    @property
+    def num_waiting(self):
+        return len(self.engine.waiting) + len(self.inbox)
+
+    def submit(self, prompt, params, on_output):
+        """Queue a request; `on_output(Output)` is called in the engine's thread, with a `finish_reason` the last time.
+
+        Returns the Request. ValueError if the prompt does not fit, RuntimeError once the engine is closed or has failed.
+        """
+        if self.failure or self.is_closing:
+            raise RuntimeError(f"the engine has stopped{f': {self.failure}' if self.failure else ''}")
+        request = self.engine.new_request(prompt, params)
+        request.on_output = on_output
+        self.inbox.append(request)
+        self.wake.set()
+        return request
+
+    def cancel(self, request):
+        """Let a request end with the step under way."""
+        request.is_cancelled = True
+        self.wake.set()
+
+    def stream(self, prompt, params):
+        """Yield a request's Outputs as they come; leaving the loop early cancels it."""
+        outputs = queue.SimpleQueue()
+        request = self.submit(prompt, params, outputs.put)
+        try:
+            while True:
+                output = outputs.get()
+                if isinstance(output, Exception):
+                    raise RuntimeError(f"the engine has stopped: {output}") from output
+                yield output
+                if output.request.finish_reason:
+                    return
+        finally:
+            if request.finish_reason is None:
+                self.cancel(request)
+
+    def close(self, timeout=None):
+        """Take in nothing more and wait, at most `timeout` seconds, until all that runs has ended; then cancel the rest."""
+        self.is_closing = True
+        self.wake.set()
+        self.thread.join(timeout)
+        if self.thread.is_alive():
+            for request in [*self.inbox, *self.engine.waiting, *self.engine.running, self.engine.prefilling]:
+                if request is not None:
+                    self.cancel(request)
+            self.thread.join()
+
+    def _run(self):
+        engine = self.engine
+        try:
+            while not (self.is_closing and not self.inbox and not engine.num_unfinished):
+                if not self.inbox and not engine.num_unfinished:
+                    self.wake.wait()
+                self.wake.clear()
+                while self.inbox:
+                    engine.waiting.append(self.inbox.popleft())
+                for output in engine.step() if engine.num_unfinished else []:
+                    self.num_finished += output.request.finish_reason is not None
+                    output.request.on_output(output)
+                if self.after_step:
+                    self.after_step()
+        except Exception as error:  # everyone who waits must hear of it
+            self.failure = error
+            for request in [*self.inbox, *engine.waiting, *engine.running, engine.prefilling]:
+                if request is not None:
+                    request.on_output(error)
+            if self.after_step:
+                self.after_step()
+            raise

@@ -1,0 +1,87 @@
+"""Linear layers for decoding on a CPU: the same products, from weights that are laid out once for few rows at a time.
+
+One token a step means reading every weight once for very little arithmetic, so what counts is how fast weights stream
+from memory. oneDNN's blocked layout reads float32 weights about twice as fast as `F.linear` does (docs/LOG.md), and
+int8 weights are a quarter of the bytes.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .model_minimind import Experts
+
+ROWS_HINT = 16  # what the blocked layout is chosen for
+INT8_ROWS = 16  # with more rows (a prompt), arithmetic costs more than reading: then the weights are turned into float32
+
+
+class PackedLinear(nn.Module):
+    """x W^T in float32 from oneDNN's blocked layout; weight [out, in]."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().float().contiguous(), ROWS_HINT)
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """x W^T from int8 weights with one scale per output channel (symmetric, round to nearest); activations are bfloat16.
+
+    Each weight is off by at most half a 127th of the largest of its row (Dettmers et al. 2022, section 2.1, per row).
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        weight = weight.detach().float()
+        scales = weight.abs().amax(1).clamp(min=1e-8) / 127
+        self.register_buffer("weight", (weight / scales[:, None]).round().to(torch.int8))  # out in
+        self.register_buffer("scales", scales)
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) > INT8_ROWS:
+            return F.linear(x, self.weight.float() * self.scales[:, None])
+        out = torch._weight_int8pack_mm(flat.bfloat16(), self.weight, self.scales.bfloat16())
+        return out.float().view(*x.shape[:-1], -1)
+
+
+class PackedExperts(nn.Module):
+    """`Experts` with each matrix laid out by itself; experts that no token visits are not touched."""
+
+    def __init__(self, experts, linear):
+        super().__init__()
+        self.gate_up = nn.ModuleList(linear(weight) for weight in experts.gate_up_proj)
+        self.down = nn.ModuleList(linear(weight) for weight in experts.down_proj)
+
+    def forward(self, x, counts):
+        """x [rows, D] sorted by expert, counts [E] rows of each expert -> [rows, D]."""
+        outs = []
+        for gate_up, down, rows in zip(self.gate_up, self.down, x.split(counts.tolist())):
+            if len(rows):
+                gate, up = gate_up(rows).chunk(2, dim=-1)
+                outs.append(down(F.silu(gate) * up))
+        return torch.cat(outs)
+
+
+def for_decoding(model, dtype=torch.float32, int8=False):
+    """A copy of the language model that decodes fast on the device it is on; later changes of `model` do not reach it.
+
+    On a CPU every linear layer is packed (float32) or, with int8, quantized. Elsewhere it is a copy in `dtype`.
+    ValueError if int8 is asked for on another device: it makes a CPU faster, nothing else.
+    """
+    if model.device.type != "cpu":
+        if int8:
+            raise ValueError(f"int8 weights make a CPU faster, and this model is on {model.device}: leave int8 out")
+        return copy.deepcopy(model).to(dtype).eval()
+    twin, linear = copy.deepcopy(model).float().eval(), Int8Linear if int8 else PackedLinear
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Experts):
+                setattr(parent, name, PackedExperts(child, linear))
+            elif type(child) is nn.Linear and (name != "gate" or not int8):  # a router chooses: it stays exact
+                setattr(parent, name, linear(child.weight))
+    return twin.requires_grad_(False)

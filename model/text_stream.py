@@ -1,0 +1,81 @@
+"""Tokens to text while they come: whole characters only, and nothing that may turn out to be the start of a stop text."""
+
+import codecs
+from functools import lru_cache
+
+
+def byte_alphabet():
+    """The bytes that the characters of a byte-level vocabulary stand for: {character: byte} (Radford et al. 2019, section 2.2).
+
+    Printable bytes are spelt as themselves, the others as the characters from 256 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def token_bytes(tokenizer):
+    """What each token of a byte-level vocabulary adds to the text, as a list of bytes objects [V].
+
+    Special tokens add nothing; other added tokens (`<think>`, `<tool_call>`) add their spelling.
+    """
+    return _token_bytes(tokenizer.backend_tokenizer, len(tokenizer), frozenset(tokenizer.all_special_ids))
+
+
+@lru_cache(maxsize=8)
+def _token_bytes(backend, size, special):
+    alphabet, added = byte_alphabet(), backend.get_added_tokens_decoder()
+    out = []
+    for token in range(size):
+        if token in added:
+            is_silent = added[token].special or token in special
+            out.append(b"" if is_silent else added[token].content.encode())
+        else:
+            out.append(bytes(alphabet[char] for char in backend.id_to_token(token)))
+    return out
+
+
+class TextStream:
+    """The text of one answer, fed with tokens.
+
+    pieces: what `token_bytes` gave; stop: texts that end the answer. `text` is all that was handed out, `stopped` tells
+    whether a stop text came, which is cut off with everything behind it.
+    """
+
+    def __init__(self, pieces, stop=()):
+        self.pieces, self.stop = pieces, tuple(stop)
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.held, self.stopped = "", "", False
+
+    def push(self, token):
+        """Take in a token; returns the text (maybe empty) that is now certain."""
+        return self._release(self.decoder.decode(self.pieces[token]))
+
+    def finish(self):
+        """The rest of the text: half a character becomes U+FFFD, what was held back is handed out."""
+        if self.stopped:
+            return ""
+        rest = self._release(self.decoder.decode(b"", final=True))
+        if not self.stopped:
+            rest += self.held
+            self.text, self.held = self.text + self.held, ""
+        return rest
+
+    def _release(self, new):
+        if self.stopped:
+            return ""
+        text = self.held + new
+        ends = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        if ends:
+            self.stopped, out, self.held = True, text[:min(ends)], ""
+        else:
+            held = max((self._overlap(text, stop) for stop in self.stop), default=0)
+            out, self.held = text[:len(text) - held], text[len(text) - held:]
+        self.text += out
+        return out
+
+    @staticmethod
+    def _overlap(text, stop):
+        """How many characters at the end of `text` are the beginning of `stop`."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
