@@ -140,7 +140,8 @@ def draw_from_all(probs, params, u):
 def draw_from_likeliest(probs, params, u):
     """The same among the tokens that top-k, top-p and min-p leave, from the likeliest down."""
     V = probs.shape[-1]
-    for size in (min(FEW, V), V):
+    enough = min(max(FEW, *(p.top_k for p in params)), V)  # top-p is a share of all that top-k leaves
+    for size in (enough, V):
         candidates, ids = probs.topk(size, dim=-1)  # B C
         kept = truncate(candidates, params)
         if size == V or not bool(kept[:, -1].any()):  # the cut lies within what was looked at
