@@ -1,24 +1,26 @@
 """Find training rows that hold a piece of an evaluation file: a model that has read the test cannot be measured by it.
 
 As in GPT-3 (Brown et al. 2020, appendix C) a piece is an n-gram of 13 words; Chinese needs 20 characters to say as
-much. Letter case, punctuation and spacing do not count. N-grams that several items of an evaluation share are its
+much. Letter case, punctuation and spacing do not count. N-grams that several items of an evaluation file share are its
 phrasing ("which of the following ..."), not its content, and are not looked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from dataset.cleaning import normalize_row, text_key
 from dataset.jsonl import read_rows
 from dataset.text_tokens import Tokens, tokenize
 
 WORDS, IDEOGRAPHS = 13, 20
 MOST = 0.6
-SHARED = 3  # an n-gram in that many items is phrasing
+SHARED = 3  # an n-gram in that many different items of a file is phrasing
 FILTER_BITS = 24
 ROWS_AT_A_TIME = 10_000
 LABELS = frozenset({"subject", "source", "task_id", "phenomenon", "paradigm", "category", "level", "type", "id", "entry_point"})
@@ -28,8 +30,9 @@ LABELS = frozenset({"subject", "source", "task_id", "phenomenon", "paradigm", "c
 class EvaluationIndex:
     """Sorted hashes of the n-grams of evaluation files, and for each the item that it is from.
 
-    hashes: uint64 [M]. owner: int64 [M], an index into `places`. places: "file:line" of every item. short: items that
-    are too short to be looked for. coarse: bool [2**FILTER_BITS], a first sieve that spares nearly all look-ups.
+    hashes: uint64 [M]. owner: int64 [M], an index into `places`. places: "file:line" of every item but those
+    that repeat another of their file. short: items that are too short to be looked for. coarse: bool [2**FILTER_BITS],
+    a first sieve that spares nearly all look-ups.
     """
 
     hashes: np.ndarray
@@ -66,26 +69,50 @@ def content_ngrams(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([parts[0][0], parts[1][0]]), np.concatenate([parts[0][1], parts[1][1]])
 
 
-def build_index(paths: list[str]) -> EvaluationIndex:
-    """Read evaluation files (.jsonl, .gz, .xz; any keys: all strings but labels such as "subject" count)."""
-    places, owners, hashes, short = [], [], [], 0
+def build_index(paths: list[str], form: str = "NFC") -> EvaluationIndex:
+    """Read evaluation files (.jsonl, .gz, .xz; any keys: all strings but labels such as "subject" count).
+
+    form: the Unicode normal form of the texts that will be searched. Files do not hide each other's items: with a copy or
+    a variant beside it a benchmark is found as it is alone.
+    """
+    places, short, hashes, owners = [], 0, [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for path in paths:
-        rows = read_rows(path)
-        while part := list(islice(rows, ROWS_AT_A_TIME)):
-            texts = ["\n".join(_strings({key: value for key, value in row.items() if key not in LABELS})) for _, row in part]
-            tokens = tokenize([text.replace("\0", " ") for text in texts])
-            part_hashes, first = content_ngrams(tokens)
-            owner = tokens.text[first]
-            short += len(texts) - len(np.unique(owner))
-            hashes.append(part_hashes)
-            owners.append(owner + len(places))
-            places += [f"{Path(path).name}:{line_no}" for line_no, _ in part]
-    pairs = np.unique(np.stack([np.concatenate(hashes), np.concatenate(owners).astype(np.uint64)]), axis=1)
-    unique, start, items = np.unique(pairs[0], return_index=True, return_counts=True)
-    rare = items < SHARED
+        file_hashes, file_owners, line_nos, file_short = _index_file(path, form)
+        hashes.append(file_hashes)
+        owners.append(file_owners + len(places))
+        places += [f"{Path(path).name}:{line_no}" for line_no in line_nos]
+        short += file_short
+    unique, first = np.unique(np.concatenate(hashes), return_index=True)
     coarse = np.zeros(1 << FILTER_BITS, bool)
-    coarse[unique[rare] >> np.uint64(64 - FILTER_BITS)] = True
-    return EvaluationIndex(unique[rare], pairs[1][start[rare]].astype(np.int64), places, short, coarse)
+    coarse[unique >> np.uint64(64 - FILTER_BITS)] = True
+    return EvaluationIndex(unique, np.concatenate(owners)[first], places, short, coarse)
+
+
+def _index_file(path: str, form: str) -> tuple[np.ndarray, np.ndarray, list[int], int]:
+    """Return the hashes of n-grams that are no phrasing, the first item of each, all items' lines, and how many are short."""
+    line_nos, hashes, owners = [], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    items = _distinct_items(path, form)
+    while part := list(islice(items, ROWS_AT_A_TIME)):
+        tokens = tokenize([text for _, text in part])
+        part_hashes, first = content_ngrams(tokens)
+        hashes.append(part_hashes)
+        owners.append(tokens.text[first] + len(line_nos))
+        line_nos += [line_no for line_no, _ in part]
+    owner = np.concatenate(owners)
+    pairs = np.unique(np.stack([np.concatenate(hashes), owner.astype(np.uint64)]), axis=1)
+    unique, start, shared_by = np.unique(pairs[0], return_index=True, return_counts=True)
+    rare = shared_by < SHARED
+    return unique[rare], pairs[1][start[rare]].astype(np.int64), line_nos, len(line_nos) - len(np.unique(owner))
+
+
+def _distinct_items(path: str, form: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text) of each item of a file that does not repeat another: three copies are not three items."""
+    seen = set()
+    for line_no, row in read_rows(path):
+        text = "\n".join(_strings(normalize_row({key: value for key, value in row.items() if key not in LABELS}, form)))
+        if (key := text_key(text)) not in seen:
+            seen.add(key)
+            yield line_no, text
 
 
 def _strings(value) -> list[str]:

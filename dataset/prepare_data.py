@@ -136,14 +136,14 @@ def run_clean(args: CleanArgs) -> dict:
         raise ValueError(f"--num_proc {args.num_proc}: give 1 or more, or leave it out for all cores")
     limits = Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
     options = CleanOptions(limits, args.form, args.exact == "yes", args.threshold, args.numbers)
-    index = build_index([path for path, _ in find_shards(args.eval)]) if args.eval else None
+    index = build_index([path for path, _ in find_shards(args.eval)], args.form) if args.eval else None
     start = time.perf_counter()
     report = clean(paths, args.out, options, index, args.rejected, args.num_proc or None, args.engine)
     seconds = time.perf_counter() - start
     figures = {**asdict(report), "seconds": seconds, "megabytes_per_second": report.bytes_read / 1e6 / seconds}
     if index:
         figures |= {"evaluation_items": len(index.places), "evaluation_items_too_short": index.short}
-        print(f"evaluation: {len(index.places):,} items, {index.short:,} of them too short to be looked for")
+        print(f"evaluation: {len(index.places):,} different items, {index.short:,} of them too short to be looked for")
     print(f"{report}\n{seconds:,.1f} s, {report.bytes_read / 1e6 / seconds:,.1f} MB/s\n{args.out}")
     return figures
 

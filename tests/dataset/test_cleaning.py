@@ -1,3 +1,4 @@
+import json
 import random
 import unicodedata
 
@@ -217,3 +218,42 @@ def test_evaluation_files_are_found_in_rows(tmp_path, monkeypatch, rows_at_a_tim
     found = index.find(tokenize(texts))
     assert [index.places[i] if i >= 0 else "" for i in found] == ["", "test.jsonl:1", "", "test.jsonl:2", "", "", ""]
     assert index.short == 2
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("file_form", ["NFC", "NFD"])
+def test_evaluation_files_are_brought_into_the_form_of_the_rows(tmp_path, form, file_form):
+    question = "Où est-ce que l'élève âgé a déposé la clé dorée du château près de la forêt enchantée hier?"
+    row = {"question": unicodedata.normalize(file_form, question.replace(" clé", "\u200b clé"))}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    index = build_index([str(tmp_path / "test.jsonl")], form)
+    assert index.find(tokenize([normalize_text(question, form), ENGLISH])).tolist() == [0, -1]
+
+
+def test_evaluation_files_do_not_hide_each_other(tmp_path):
+    rows = {"a": [{"q": ENGLISH}], "copy": [{"q": ENGLISH}], "steps": [{"q": ENGLISH, "a": "Let us think."}],
+            "same": [{"q": CHINESE}, {"q": f" {CHINESE}", "subject": "birds"}, {"q": CHINESE}, {"q": CHINESE}]}
+    for name, items in rows.items():
+        text = "\n".join(json.dumps(row) for row in items)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    index = build_index([str(tmp_path / f"{name}.jsonl") for name in rows])
+    assert [index.places[i] for i in index.find(tokenize([ENGLISH, CHINESE]))] == ["a.jsonl:1", "same.jsonl:1"]
+    assert len(index.places) == 4 and index.short == 0
+
+
+def test_phrasing_is_that_of_each_evaluation_file_alone(tmp_path):
+    phrase = "Which one of the following four statements about the long and rich history of {} is true?"
+    files = {"few": ["Rome", "Oslo"], "many": ["Lima", "Cairo", "Delhi"]}
+    for name, places in files.items():
+        text = "\n".join(json.dumps({"q": phrase.format(place)}) for place in places)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    few, many = (str(tmp_path / f"{name}.jsonl") for name in files)
+    text = tokenize([phrase.format("my town")])
+    for paths, found in (([few], 0), ([many], -1), ([many, few], 3), ([few, many], 0)):
+        assert build_index(paths).find(text).tolist() == [found]
+
+
+def test_evaluation_files_of_short_items_find_nothing(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"q": "2 + 2"}\n{"q": "2 + 3"}\n', encoding="utf-8")
+    index = build_index([str(tmp_path / "test.jsonl")])
+    assert index.short == 2 and index.find(tokenize([ENGLISH, "2 + 2"])).tolist() == [-1, -1]

@@ -74,6 +74,14 @@ def test_clean_says_what_went_and_why(corpus, tmp_path, capsys):
     assert "| near_duplicate | 1 |" in shown and "b.jsonl.gz:1 repeats a.jsonl:7" in shown
 
 
+def test_evaluation_items_are_found_in_the_form_that_is_asked_for(tmp_path):
+    text = "Où est-ce que l'élève âgé a déposé la clé dorée du château près de la forêt enchantée hier?"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": WORDS_EVAL}), encoding="utf-8")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": text}), encoding="utf-8")
+    run("clean", tmp_path / "a.jsonl", "--out", tmp_path / "out.jsonl", "--eval", tmp_path / "eval.jsonl", "--form", "NFD")
+    assert [row for _, row in read_rows(tmp_path / "out.jsonl")] == [{"text": WORDS_EVAL}]
+
+
 def test_the_number_of_processes_changes_nothing(corpus, tmp_path, monkeypatch):
     paths, _ = corpus
     monkeypatch.setattr(clean_corpus, "BLOCK_CHARS", 2000)
