@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from dataset import near_duplicates as near
 from dataset.cleaning import Limits, judge, normalize_row, row_answers, row_text, text_key
@@ -169,7 +170,7 @@ def judge_locally(paths: list[str], options: CleanOptions, index: EvaluationInde
         signature = np.memmap(scratch / "signature", np.uint32, "r").reshape(num_rows, -1)
         parents, alive = near.Parents(num_rows), np.flatnonzero(verdicts.reason == 0)
         alive = alive[signature[alive, 0] != near.EMPTY]
-        for band in range(num_bands):
+        for band in tqdm(range(num_bands), "comparing", unit=" bands", disable=None, delay=2):
             members, starts = near.buckets(np.memmap(scratch / f"band{band}", np.uint64, "r")[alive])
             near.link_buckets(alive[members], starts, signature, options.threshold, parents)
         mark_near(verdicts, parents)

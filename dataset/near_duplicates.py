@@ -28,6 +28,7 @@ RECALL = 0.99  # chance that a pair exactly at the threshold becomes a candidate
 EMPTY = 0xFFFFFFFF  # the signature of a text without a token
 SEED = 20240229
 PAIRS_AT_A_TIME = 1 << 14
+ROUNDS, STRIDE = 16, 37  # kinds of text in a bucket until it is split; the step from one splitting minimum to the next
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
@@ -85,20 +86,18 @@ def buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Group equal keys [R]: (members in ascending order within each group, starts of the groups), groups of one left out."""
     order = np.argsort(keys, kind="stable")
     same = keys[order][1:] == keys[order][:-1]
-    inside = np.concatenate([[False], same]) | np.concatenate([same, [False]])
-    members = order[inside]
-    return members, np.flatnonzero(~np.concatenate([[False], same])[inside])
+    goes_on = np.concatenate([[False], same])[: len(keys)]
+    inside = goes_on | np.concatenate([same, [False]])[: len(keys)]
+    return order[inside], np.flatnonzero(~goes_on[inside])
 
 
 def link_buckets(members: np.ndarray, starts: np.ndarray, signature: np.ndarray, threshold: float, parents: Parents) -> None:
     """Link the members of each bucket that are alike.
 
     Each member is compared with the bucket's first; those that differ from it form a bucket of their own, and so on:
-    as many comparisons as the bucket has kinds of text, not all pairs.
+    as many comparisons as the bucket has kinds of text, not all pairs. After every ROUNDS kinds what remains is split.
     """
-    group = np.zeros(len(members), np.int64)
-    group[starts] = 1
-    group = np.cumsum(group) - 1
+    group, rounds = _numbered(len(members), starts), 0
     while len(members):
         leads = np.diff(group, prepend=-1) != 0
         leader = members[leads][np.cumsum(leads) - 1]
@@ -107,6 +106,31 @@ def link_buckets(members: np.ndarray, starts: np.ndarray, signature: np.ndarray,
         same = alike(signature, leader, members, threshold)
         parents.link(leader[same], members[same])
         members, group = members[~same], group[~same]
+        rounds += 1
+        if rounds % ROUNDS == 0:
+            chosen, starts = _split(members, group, signature, rounds // ROUNDS)
+            members, group = members[chosen], _numbered(len(chosen), starts)
+
+
+def _split(members: np.ndarray, group: np.ndarray, signature: np.ndarray, time: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split groups whose texts agree in little but the band, such as conversations under one long system prompt: `buckets`.
+
+    A part agrees in one more minimum of the whole and of each answer, another one each time. Texts that are not alike
+    differ in many, so that the comparisons grow with the number of texts, not with its square; near-copies that are torn
+    apart here meet in other bands.
+    """
+    keys = scramble(group.astype(np.uint64))
+    first, second = (NUM_HASHES + part * ANSWER_HASHES + time % ANSWER_HASHES for part in (0, 1))
+    for column in (time * STRIDE % NUM_HASHES, first, second):
+        keys = scramble(keys ^ signature[members, column])
+    return buckets(keys)
+
+
+def _numbered(count: int, starts: np.ndarray) -> np.ndarray:
+    """Return the number, from 0, of the group that each of so many members is in."""
+    begins = np.zeros(count, np.int64)
+    begins[starts] = 1
+    return np.cumsum(begins) - 1
 
 
 def alike(signature: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:

@@ -196,6 +196,34 @@ def test_only_those_of_a_bucket_that_are_alike_are_linked():
     assert members.tolist() == [1, 4, 0, 2, 5] and starts.tolist() == [0, 2]
 
 
+def test_a_bucket_of_many_kinds_takes_no_comparison_of_all_pairs(monkeypatch):
+    draw, rows = np.random.default_rng(0), 1000
+    signature = np.zeros((rows + 100, near.NUM_HASHES + 2 * near.ANSWER_HASHES), np.uint32)  # all share a long prompt
+    signature[:rows, near.NUM_HASHES :] = draw.integers(1 << 32, size=(rows, 2 * near.ANSWER_HASHES))
+    signature[rows:] = signature[:100]
+    signature[rows:, near.NUM_HASHES + 2 : near.NUM_HASHES + 9] = 1  # the first answer is changed a little
+    compared, alike, parents = [], near.alike, near.Parents(rows + 100)
+    monkeypatch.setattr(near, "alike", lambda *args: compared.append(len(args[1])) or alike(*args))
+    near.link_buckets(np.arange(rows + 100), np.array([0]), signature, 0.8, parents)
+    assert parents.roots().tolist() == [*range(rows), *range(100)]
+    assert sum(compared) < 2 * near.ROUNDS * rows
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_a_bucket_is_split_until_nothing_is_left(threshold, monkeypatch):
+    monkeypatch.setattr(near, "ROUNDS", 1)
+    signature = np.zeros((near.NUM_HASHES, near.NUM_HASHES + 2 * near.ANSWER_HASHES), np.uint32)
+    np.fill_diagonal(signature, 1)  # every text differs from every other in two minima
+    parents = near.Parents(len(signature))
+    near.link_buckets(np.arange(len(signature)), np.array([0]), signature, threshold, parents)
+    assert parents.roots().tolist() == ([0] * len(signature) if threshold < 1 else [*range(len(signature))])
+
+
+def test_no_text_makes_no_bucket():
+    members, starts = near.buckets(np.zeros(0, np.uint64))
+    assert len(members) == len(starts) == 0
+
+
 def test_different_numbers_keep_rows_apart_where_they_matter():
     tokens = tokenize(["卖掉3个，又买5个", "卖掉5个，又买3个。", "卖掉4个，又买5个", "没有"])
     numbers = near.number_hashes(tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset import clean_corpus, processes
+from dataset import clean_corpus, near_duplicates, processes
 from dataset.clean_corpus import CleanOptions, clean
 from dataset.jsonl import read_rows
 from dataset.prepare_data import ROOT, main
@@ -80,6 +80,25 @@ def test_evaluation_items_are_found_in_the_form_that_is_asked_for(tmp_path):
     (tmp_path / "eval.jsonl").write_text(json.dumps({"question": text}), encoding="utf-8")
     run("clean", tmp_path / "a.jsonl", "--out", tmp_path / "out.jsonl", "--eval", tmp_path / "eval.jsonl", "--form", "NFD")
     assert [row for _, row in read_rows(tmp_path / "out.jsonl")] == [{"text": WORDS_EVAL}]
+
+
+def test_near_copies_are_found_under_one_long_system_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "ROUNDS", 2)  # so that few rows are many
+    draw = random.Random(0)
+    system = {"role": "system", "content": sentence(draw, 600)}
+    rows = [chat(sentence(draw, 15), sentence(draw, 15)) for _ in range(100)]
+    copies = [chat(row["conversations"][0]["content"] + " please", row["conversations"][1]["content"]) for row in rows[:25]]
+    lines = [json.dumps({"conversations": [system, *row["conversations"]]}) + "\n" for row in rows + copies]
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    report = clean([str(tmp_path / "a.jsonl")], str(tmp_path / "out.jsonl"), CleanOptions(), num_proc=1)
+    assert report.dropped["near_duplicate"]["rows"] == 25
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "".join(lines[:100])
+
+
+def test_a_file_of_which_nothing_stays(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "short"}\n', encoding="utf-8")
+    run("clean", tmp_path / "a.jsonl", "--out", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == b"" and "| kept | 0 |" in capsys.readouterr().out
 
 
 def test_the_number_of_processes_changes_nothing(corpus, tmp_path, monkeypatch):
