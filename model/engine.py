@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .kv_cache import DecodeView, KVCache, PrefillView
+from .decoder import Decoder, RecordedDecoder
+from .kv_cache import KVCache, PrefillView
 from .packed_linear import for_decoding
 from .sampling import SamplingParams, edit_logits, sample, top_log_probs
 from .text_stream import TextStream, token_bytes
@@ -87,10 +88,12 @@ class Engine:
 
     max_len: tokens of prompt and answer together, at most the model's positions. dtype: of weights and cache (default: the
     model's own). int8: int8 weights on a CPU. prefill_chunk: prompt tokens per step, so that a long prompt does not hold
-    up the others. Raises ValueError for sizes that do not fit.
+    up the others. cuda_graphs: replay each step's kernels without launching them one by one (a GPU; a mixture of experts
+    in bfloat16 only). Raises ValueError for sizes and options that do not fit.
     """
 
-    def __init__(self, model, tokenizer, max_batch_size=8, max_len=None, dtype=None, int8=False, prefill_chunk=512):
+    def __init__(self, model, tokenizer, max_batch_size=8, max_len=None, dtype=None, int8=False, prefill_chunk=512,
+                 cuda_graphs=False):
         positions = model.config.max_position_embeddings
         self.max_len = min(MAX_LEN, positions) if max_len is None else max_len
         if not 2 <= self.max_len <= positions:
@@ -99,6 +102,11 @@ class Engine:
             raise ValueError(f"max_batch_size {max_batch_size} and prefill_chunk {prefill_chunk} must be 1 or more")
         self.model, self.tokenizer, self.int8, self.prefill_chunk = model, tokenizer, int8, prefill_chunk
         self.device, self.dtype = model.device, dtype or model.dtype
+        if cuda_graphs and self.device.type != "cuda":
+            raise ValueError(f"cuda_graphs: the model is on {self.device}, not on a GPU; leave it out")
+        if cuda_graphs and model.config.num_experts and self.dtype != torch.bfloat16:
+            raise ValueError("cuda_graphs: a mixture of experts is one kernel in bfloat16 only; choose that, or leave it out")
+        self.decoder_class = RecordedDecoder if cuda_graphs else Decoder
         self.pieces = token_bytes(tokenizer)
         ends = model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -106,13 +114,14 @@ class Engine:
         self.slots = [Slot() for _ in range(max_batch_size)]
         self.waiting, self.running, self.prefilling = deque(), [], None
         self.steps = 0
-        self.refresh()
         self.cache = KVCache(model.config, max_batch_size, self.max_len, self.dtype, self.device)
+        self.refresh()
 
     def refresh(self):
         """Take over the model's weights as they are now; what was computed with the former ones is forgotten."""
         assert not self.running and self.prefilling is None, "weights change between requests, not within one"
         self.network = for_decoding(self.model, self.dtype, self.int8)
+        self.decoder = self.decoder_class(self.network, self.cache)
         for slot in self.slots:
             slot.left = []
 
@@ -239,19 +248,7 @@ class Engine:
     def _decode(self):
         """Feed each running request's next token; returns the logits [B, V] for the one after it, float32."""
         positions = [request.num_cached for request in self.running]
-        ids = torch.tensor([[request.tokens[n]] for request, n in zip(self.running, positions)], device=self.device)
-        view = self._decode_view(positions)
-        out = self.network.model(ids, attention_mask=view.mask, position_ids=view.positions[:, None], past_key_values=view)
-        return self.network.lm_head(out.last_hidden_state[:, 0]).float()
-
-    def _decode_view(self, positions):
-        same = positions[0] if len(set(positions)) == 1 else None
-        num_keys, places = max(positions) + 1, torch.tensor(positions, device=self.device)
-        mask = None
-        if same is None:
-            mask = (torch.arange(num_keys, device=self.device) <= places[:, None])[:, None, None]  # B 1 1 S
-            mask = torch.zeros(mask.shape, dtype=self.dtype, device=self.device).masked_fill_(~mask, float("-inf"))
-        return DecodeView(self.cache, places, num_keys, mask, same)
+        return self.decoder([request.tokens[n] for request, n in zip(self.running, positions)], positions)
 
     def _choose(self, logits):
         params = [request.params for request in self.running]

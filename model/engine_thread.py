@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections import deque
+from concurrent.futures import Future
 
 
 class EngineThread:
@@ -14,6 +15,7 @@ class EngineThread:
     def __init__(self, engine, after_step=None):
         self.engine, self.after_step = engine, after_step
         self.inbox, self.wake, self.failure, self.is_closing = deque(), threading.Event(), None, False
+        self.calls = deque()  # (function, its Future)
         self.num_finished = 0
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -38,6 +40,18 @@ class EngineThread:
         self.inbox.append(request)
         self.wake.set()
         return request
+
+    def call(self, function):
+        """Run `function()` in the engine's thread, between two steps; returns a Future of its result.
+
+        RuntimeError once the engine is closed or has failed.
+        """
+        if self.failure or self.is_closing:
+            raise RuntimeError(f"the engine has stopped{f': {self.failure}' if self.failure else ''}")
+        future = Future()
+        self.calls.append((function, future))
+        self.wake.set()
+        return future
 
     def cancel(self, request):
         """Let a request end with the step under way."""
@@ -74,10 +88,12 @@ class EngineThread:
     def _run(self):
         engine = self.engine
         try:
-            while not (self.is_closing and not self.inbox and not engine.num_unfinished):
-                if not self.inbox and not engine.num_unfinished:
+            while not (self.is_closing and not self.inbox and not self.calls and not engine.num_unfinished):
+                if not self.inbox and not self.calls and not engine.num_unfinished:
                     self.wake.wait()
                 self.wake.clear()
+                if self.calls:
+                    self._run_call(*self.calls.popleft())
                 while self.inbox:
                     engine.waiting.append(self.inbox.popleft())
                 for output in engine.step() if engine.num_unfinished else []:
@@ -90,6 +106,17 @@ class EngineThread:
             for request in [*self.inbox, *engine.waiting, *engine.running, engine.prefilling]:
                 if request is not None:
                     request.on_output(error)
+            for _, future in self.calls:
+                future.set_exception(error)
             if self.after_step:
                 self.after_step()
             raise
+
+    @staticmethod
+    def _run_call(function, future):
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:  # it belongs to the caller: the engine goes on
+            future.set_exception(error)

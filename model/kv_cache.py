@@ -55,14 +55,14 @@ class PrefillView:
 
 
 class DecodeView:
-    """The cache as the first B slots see it that take in one token each, at `positions` [B], and look at S positions.
+    """The cache as the first B slots see it that take in one token each, at `positions` [B], and look at `num_keys` positions.
 
-    `mask` [B, 1, 1, S] hides what lies behind each row's own position; None where all rows are equally long.
+    same_position: the rows' position as a number, where it is one for all.
     """
 
-    def __init__(self, cache, positions, num_keys, mask, same_position=None):
-        self.cache, self.positions, self.num_keys, self.mask = cache, positions, num_keys, mask
-        self.rows, self.same_position = torch.arange(len(positions), device=positions.device), same_position
+    def __init__(self, cache, positions, num_keys, same_position=None):
+        self.cache, self.positions, self.num_keys, self.same_position = cache, positions, num_keys, same_position
+        self.rows = torch.arange(len(positions), device=positions.device)
 
     def get_seq_length(self):
         return self.num_keys - 1

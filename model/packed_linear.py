@@ -1,4 +1,4 @@
-"""Linear layers for decoding on a CPU: the same products, from weights that are laid out once for few rows at a time.
+"""Layers for decoding on a CPU: the same numbers, from weights that are laid out once for few rows at a time.
 
 One token a step means reading every weight once for very little arithmetic, so what counts is how fast weights stream
 from memory. oneDNN's blocked layout reads float32 weights about twice as fast as `F.linear` does (docs/LOG.md), and
@@ -14,7 +14,7 @@ from torch import nn
 from .model_minimind import Experts
 
 ROWS_HINT = 16  # what the blocked layout is chosen for
-INT8_ROWS = 16  # with more rows (a prompt), arithmetic costs more than reading: then the weights are turned into float32
+INT8_ROWS = 32  # with more rows (a prompt), arithmetic costs more than reading: then the weights are turned into float32
 
 
 class PackedLinear(nn.Module):
@@ -40,12 +40,13 @@ class Int8Linear(nn.Module):
         scales = weight.abs().amax(1).clamp(min=1e-8) / 127
         self.register_buffer("weight", (weight / scales[:, None]).round().to(torch.int8))  # out in
         self.register_buffer("scales", scales)
+        self.register_buffer("short_scales", scales.bfloat16())
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) > INT8_ROWS:
             return F.linear(x, self.weight.float() * self.scales[:, None])
-        out = torch._weight_int8pack_mm(flat.bfloat16(), self.weight, self.scales.bfloat16())
+        out = torch._weight_int8pack_mm(flat.bfloat16(), self.weight, self.short_scales)
         return out.float().view(*x.shape[:-1], -1)
 
 

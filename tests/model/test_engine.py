@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from model.decoder import RecordedDecoder
 from model.engine import Engine, common_prefix
 from model.engine_thread import EngineThread
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -158,6 +159,26 @@ def test_what_cannot_be_answered_is_said(tokenizer):
     with pytest.raises(ValueError, match="max_len 1000: the model has 512 positions"):
         Engine(network(), tokenizer, max_len=1000)
     assert engine.num_unfinished == 0
+
+
+def test_the_form_of_a_step_that_is_recorded_computes_the_same(tokenizer, monkeypatch):
+    """On a GPU the steps are recorded; here they run each time, with the same filled-up rows, keys and mask."""
+    def record(self, ids, num_keys):
+        logits = torch.zeros(ids.shape[1], 6400)
+        return lambda: logits.copy_(self.forward(ids[0], ids[1], num_keys, self.mask_for(ids[1], num_keys))), ids, logits
+
+    monkeypatch.setattr(RecordedDecoder, "record", record)
+    monkeypatch.setattr("model.decoder.KEYS_STEP", 32)
+    model = network()
+    engine = Engine(model, tokenizer, max_batch_size=6, max_len=100, prefill_chunk=20)
+    engine.decoder = RecordedDecoder(engine.network, engine.cache)
+    asked = prompts([5, 40, 60, 9, 33, 88, 21, 60])
+    asked += [asked[5] + [50]]
+    done = engine.generate(asked, params())
+    assert [request.answer for request in done] == [greedy(model, p, 12)[:100 - len(p)] for p in asked]
+    assert set(engine.decoder.graphs) <= {(rows, keys) for rows in (1, 2, 4, 6) for keys in (32, 64, 96, 100)}
+    with pytest.raises(ValueError, match="cuda_graphs: the model is on cpu"):
+        Engine(model, tokenizer, cuda_graphs=True)
 
 
 def test_int8_weights_stay_close_to_the_exact_ones(tokenizer):
