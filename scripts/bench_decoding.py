@@ -112,7 +112,8 @@ def measure(theirs, engines, ids, args, bandwidth):
         for kind, engine in engines.items():
             took, tokens = time_ours(engine, ids, args.new_tokens)
             seconds[kind].append(took)
-            same = sum(a == b for a, b in zip(tokens, expected)) if kind == "ours" else same
+            if kind == "ours":
+                same = sum(a == b for a, b in zip(tokens, expected))
     step = {kind: median(took) for kind, took in seconds.items()}
     read = bytes_per_step(theirs, engines["ours"].cache, batch, ids.shape[1])
     return {"batch_size": batch, "context": ids.shape[1], "ms_per_step": {kind: 1e3 * took for kind, took in step.items()},
