@@ -70,7 +70,7 @@ class Checkpoint:
         engine = self.run.engine
         weights = engine.weights() if engine else self.model.state_dict()
         optimizer = engine.optimizer_state() if engine else self.optimizer.state_dict()
-        are_ours, self.is_resumed = self.is_resumed, True
+        self.is_resumed = True
         if not self.run.ranks.is_first:
             return
         progress = {
@@ -78,7 +78,7 @@ class Checkpoint:
             "fingerprint": self.fingerprint, "arithmetic": self.arithmetic, "guard": self.run.guard.state_dict(),
             "arguments": asdict(self.args)}
         state = {"optimizer": copied(optimizer), "scaler": self.run.scaler.state_dict()}
-        self.writer = threading.Thread(target=self.write_or_note, args=(step, copied(weights), state, progress, are_ours))
+        self.writer = threading.Thread(target=self.write_or_note, args=(step, copied(weights), state, progress))
         self.writer.start()
 
     def wait(self):
@@ -106,11 +106,8 @@ class Checkpoint:
                 self.failure.__cause__ = error
             shutil.rmtree(building, ignore_errors=True)
 
-    def write(self, final, building, weights, state, progress, are_ours):
-        """Build the folder, move it to its place, publish its weights, delete what is too old.
-
-        are_ours: the checkpoints that are there are of this run, not of an earlier one of its name.
-        """
+    def write(self, final, building, weights, state, progress):
+        """Build the folder, move it to its place, publish its weights, delete what is too old."""
         for left_over in final.parent.glob(".step-*"):  # of a process that was killed
             shutil.rmtree(left_over)
         self.model.save_pretrained(building, state_dict=weights)
@@ -127,9 +124,9 @@ class Checkpoint:
         flush(final.parent)
         self.publish(final)
         # those of later steps are damaged ones that we fell back from
-        ours = [path for step, path in self.steps() if step < progress["step"]] if are_ours else []
+        earlier = [path for step, path in self.steps() if step < progress["step"]]
         for _, path in self.steps():
-            if path not in (final, *ours[:self.args.keep - 1]):
+            if path not in (final, *earlier[:self.args.keep - 1]):
                 shutil.rmtree(path)
 
     def publish(self, checkpoint):
@@ -146,6 +143,7 @@ class Checkpoint:
             except OSError:  # or a file system without hard links
                 shutil.copyfile(path, new)
             os.replace(new, self.folder / path.name)
+            new.unlink(missing_ok=True)  # it stays where both are links to one file already
         if not (checkpoint / "chat_template.jinja").exists():
             (self.folder / "chat_template.jinja").unlink(missing_ok=True)  # from another run: it would call this one a chat model
 
@@ -171,9 +169,13 @@ class Checkpoint:
     def restore(self):
         """Load the newest whole checkpoint into model, optimizer, scaler and guard; all ranks call together.
 
-        Returns (updates done, target tokens trained on): (0, 0) where there is nothing to go on from.
+        Returns (updates done, target tokens trained on): (0, 0) where there is nothing to go on from. With --overwrite the
+        run that was there before is deleted now: everything else that could refuse to begin has been asked.
         """
         self.wait()
+        if self.args.overwrite and not self.is_resumed:
+            self.run.ranks.from_first(self.delete_former_run)
+        self.run.ranks.begin(self.folder)
         found, self.found = self.found or (self.is_resumed and self.run.ranks.from_first(self.find)), None
         if not found:
             return 0, 0
@@ -190,6 +192,17 @@ class Checkpoint:
         self.run.say(f"going on after step {progress['step']}")
         return progress["step"], progress["targets"]
 
+    def delete_former_run(self):
+        """Delete the checkpoints and the record of an earlier run of this name; its weights stay until ours replace them."""
+        old = self.folder / ".replaced"
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        if (self.folder / "checkpoints").is_dir():
+            (self.folder / "checkpoints").rename(old)  # at once: a part of them must never be resumed from
+            shutil.rmtree(old)
+        shutil.rmtree(self.folder / "bad_steps", ignore_errors=True)
+        for name in ("metrics.jsonl", "loss.png"):
+            (self.folder / name).unlink(missing_ok=True)
+
     def compare(self, progress, path):
         """ValueError if the run that wrote `progress` would have gone on differently from this one; take over its batch."""
         ours, theirs = asdict(self.args), progress["arguments"]
@@ -205,8 +218,9 @@ class Checkpoint:
             if batch:
                 changed.append(f"{' and '.join(batch)}, so that a step has {self.rows_per_step} rows "
                                f"(batch_size x accumulation_steps x ranks) instead of {progress['rows_per_step']}")
-            self.run.say(f"{progress['world_size']} ranks -> {self.run.ranks.world_size}: a step keeps its "
-                         f"{progress['rows_per_step']} rows, each rank takes its share of them")
+            else:
+                self.run.say(f"{progress['world_size']} ranks -> {self.run.ranks.world_size}: a step keeps its "
+                             f"{progress['rows_per_step']} rows, each rank takes its share of them")
             self.rows_per_step = progress["rows_per_step"]
         if changed:
             raise ValueError(f"{path} cannot be resumed, because something changed: {', '.join(changed)}. "

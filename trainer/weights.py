@@ -87,11 +87,11 @@ def run_folder(args, config, ranks=None):
     """Where this run saves: SAVE_DIR/SAVE_WEIGHT_<preset or size>.
 
     ValueError if it cannot be written, or if it holds another run and neither --from_resume nor --overwrite says what to
-    do with it. Ranks that torchrun has started again, after one of them died, resume.
+    do with it. Ranks that torchrun has started again, after one of them died, resume what they themselves had begun.
     """
-    if ranks and ranks.restarts:
-        args.from_resume, args.overwrite = True, False
     folder = Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
+    if ranks and ranks.has_begun(folder):
+        args.from_resume, args.overwrite = True, False
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)) and not args.inspect:
         raise ValueError(f"{there} cannot be written: choose another --save_dir, or give back the right to write there")

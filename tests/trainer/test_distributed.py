@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+from datetime import timedelta
 
 import pytest
-from ranks import MAIN, run_ranks
+import torch.distributed as dist
+from ranks import MAIN, free_port, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from trainer.distributed import agree_on_group
 from trainer.metrics import read_metrics
 
 NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}
@@ -58,16 +61,57 @@ def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path, capsys):
     MAIN["pretrain"](flags(save_dir=tmp_path / "one", batch_size=4, **options))
     again = [*flags(batch_size=4, **options), "--from_resume"]
     saved = tmp_path / "out" / NAMES["pretrain"]
-    for ranks, stop in ((1, 8), (2, 16), (1, 20)):
+    for ranks, stop, said in ((1, 8, ""), (2, 16, "1 ranks -> 2: a step keeps its 4 rows"), (1, 20, "")):
         stopping = [*again, "--keep", "9"]
-        run_ranks(ranks, "pretrain", stopping) if ranks > 1 else MAIN["pretrain"](stopping)
+        out = run_ranks(ranks, "pretrain", stopping) if ranks > 1 else MAIN["pretrain"](stopping) or capsys.readouterr().out
+        assert said in out and ("a step keeps" in out) == bool(said)
         for path in (saved / "checkpoints").iterdir():  # as if the run had ended there
             if int(path.name.split("-")[1]) > stop:
                 remove(path)
-    assert "2 ranks -> 1" not in capsys.readouterr().err
     assert_close_runs(tmp_path / "one" / NAMES["pretrain"], saved, 20)
     progress = json.loads((saved / "checkpoints" / "step-20" / "progress.json").read_text())
     assert (progress["rows_per_step"], progress["world_size"]) == (4, 1)
+
+
+def test_a_step_that_cannot_keep_its_rows_is_refused_before_training(flags, tmp_path):
+    """Rows for one rank alone, and a --batch_size with which two ranks would have more of them than the step had."""
+    for rows, batch_size, message in (
+            (1, 1, "a step of 1 rows leaves some of 2 processes without work. Start at most 1 processes"),
+            (4, 3, "--batch_size 4 -> 3, so that a step has 6 rows (batch_size x accumulation_steps x ranks) instead of 4")):
+        options = dict(max_steps=4, max_seq_len=32, save_dir=tmp_path / f"{rows}")
+        MAIN["pretrain"](flags(batch_size=rows, **options))
+        folder = tmp_path / f"{rows}" / NAMES["pretrain"]
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        out = run_ranks(2, "pretrain", [*flags(batch_size=batch_size, **options), "--from_resume"], expected=1)
+        assert f"error: {message}" in out or f"because something changed: {message}" in out
+        assert "going on" not in out and before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_ranks_that_are_started_again_agree_although_their_agents_count_differently(flags, tmp_path):
+    """Two agents, one of which knows of no restart, and a store in which the dead have left their addresses."""
+    options = dict(max_steps=8, epochs=4, max_seq_len=32)
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    store.set("minimind/call/1", "the dead")
+    run_ranks(2, "pretrain", flags(**options), launcher=(store.port, (0, 0)))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    whole = (folder / "model.safetensors").read_bytes()
+    remove(folder / "checkpoints" / "step-8")
+    for restarts in ((0, 1), (2, 0), (0, 0)):  # the last: both learnt of it from the other
+        assert "going on after step" in run_ranks(2, "pretrain", flags(**options), launcher=(store.port, restarts))
+        assert (folder / "model.safetensors").read_bytes() == whole
+    new = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    for restarts in ((0, 0), (1, 1)):  # another launch has not begun that run, and being started again gives no right to it
+        out = run_ranks(2, "pretrain", flags(**options), launcher=(new.port, restarts), expected=1)
+        assert "holds a run, 8 updates long" in out
+
+
+def test_ranks_that_do_not_come_are_counted(monkeypatch):
+    monkeypatch.setattr("trainer.distributed.PATIENCE", timedelta(milliseconds=50))
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False, timeout=timedelta(milliseconds=50))
+    with pytest.raises(TimeoutError, match=r"2 of 3 ranks did not come .*rank 1"):
+        agree_on_group(store, 0, 3)
+    with pytest.raises(TimeoutError, match=r"rank 2 has had no answer from rank 0"):
+        agree_on_group(store, 2, 3)
 
 
 @needs_deepspeed

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import free_port, run_ranks
 
 from trainer import train_full_sft, train_pretrain
 from trainer.metrics import read_metrics
@@ -226,25 +229,73 @@ def children(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_killed_rank_comes_back_from_the_last_checkpoint(flags, tmp_path):
-    """Under torchrun --max-restarts: both ranks are started again and end like two that nobody touched."""
+    """Two agents, as on two machines: their ranks are started again and end like two that nobody touched."""
     options = dict(max_steps=60, epochs=20, save_interval=5, val_interval=60)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1",
-               "--monitor-interval", "0.1", str(ROOT / "trainer" / "train_pretrain.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = [*command, *flags(save_dir=tmp_path / "whole", **options)]
-    subprocess.run(whole, check=True, capture_output=True, env=environment, timeout=120)
+    run_ranks(2, "pretrain", flags(save_dir=tmp_path / "whole", **options))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "3", "--monitor-interval", "0.1",
+               str(ROOT / "trainer" / "train_pretrain.py"), *flags(**options)]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     folder = tmp_path / "out" / NAMES["pretrain"]
-    process = subprocess.Popen([*command, *flags(**options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-                               text=True)
     end = time.monotonic() + 60
     while not list((folder / "checkpoints").glob("step-*")) and time.monotonic() < end:
         time.sleep(0.01)
-    second, = (pid for pid in children(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    second, = (pid for agent in agents for pid in children(agent.pid)
+               if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(second, signal.SIGKILL)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert "going on after step" in out
+    outs = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outs
+    assert sum("going on after step" in out for out in outs) == 1
     assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """This process as one that torchrun has started, with a store of torchrun's."""
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
+                        "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    return store
+
+
+def test_a_replaced_run_does_not_come_back_when_its_replacement_is_started_again(flags, tmp_path, monkeypatch, capsys, launcher):
+    """--overwrite with the flags of the run that is there, and a death before the first save."""
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    train_pretrain.main(flags(val_share=0))
+    train_pretrain.main(flags(save_dir=tmp_path / "whole", val_share=0))
+    launcher.delete_key(f"minimind/begun/{folder}")  # the old run is of another launch
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(*_):
+        raise PowerCut
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(train_pretrain, "learning_rate_at", cut)
+        train_pretrain.main([*flags(val_share=0), "--overwrite"])
+    assert not list(folder.glob("checkpoints/*")) and not read_metrics(folder / "metrics.jsonl")
+    assert (folder / "model.safetensors").is_file()  # --from_weight may name it, and must find it again
+    capsys.readouterr()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train_pretrain.main([*flags(val_share=0), "--overwrite"])
+    assert "going on after step" not in capsys.readouterr().out
+    assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
+    shutil.rmtree(folder / "checkpoints" / "step-8")
+    train_pretrain.main([*flags(val_share=0), "--overwrite"])  # once more: now there is something of its own to go on from
+    assert "going on after step 4" in capsys.readouterr().out
+    assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
+
+
+def test_what_is_replaced_is_kept_until_the_flags_and_the_data_are_found_good(flags, tmp_path):
+    train_pretrain.main(flags())
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="no such file"):
+        train_pretrain.main([*flags(data_path=tmp_path / "nowhere.jsonl"), "--overwrite"])
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_full_sft_stops_and_resumes_as_well(flags, tmp_path, monkeypatch):
