@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from tqdm import tqdm
 CHUNK = 1 << 18
 ATTEMPTS = 5  # transfers that break off in a row without bringing a byte
 TIMEOUT = 60  # seconds without an answer
+LINK, NEXT = re.compile(r"<([^>]*)>([^<]*)"), re.compile(r'\brel="?([^";]* )?next\b', re.I)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Hub:
 
 
 def _list_huggingface(endpoint: str, repo: str, revision: str) -> list[RemoteFile]:
-    entries = _get_json(f"{endpoint}/api/datasets/{repo}/tree/{quote(revision, safe='')}?recursive=1")
+    entries = _get_pages(f"{endpoint}/api/datasets/{repo}/tree/{quote(revision, safe='')}", "recursive=1")
     base = f"{endpoint}/datasets/{repo}/resolve/{quote(revision, safe='')}"
     return [RemoteFile(entry["path"], f"{base}/{quote(entry['path'])}", entry["size"],
                        sha256=(entry.get("lfs") or {}).get("oid", ""),
@@ -69,7 +71,7 @@ def _list_modelscope(endpoint: str, repo: str, revision: str) -> list[RemoteFile
     while len(files) == 100 * page:
         page += 1
         query = {"Revision": revision, "Root": "/", "Recursive": "True", "PageNumber": page, "PageSize": 100}
-        files += _get_json(f"{base}/tree?{urlencode(query)}")["Data"]["Files"]
+        files += _get(f"{base}/tree?{urlencode(query)}")[0]["Data"]["Files"]
     return [RemoteFile(file["Path"], f"{base}?{urlencode({'Revision': revision, 'FilePath': file['Path']})}",
                        file["Size"], sha256=file.get("Sha256") or "")
             for file in files if file["Type"] == "blob"]
@@ -192,9 +194,24 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _get_json(url: str):
+def _get_pages(url: str, query: str) -> list:
+    """Return the items of all pages of a list: each page names the next one in a header (RFC 8288).
+
+    Of the address that it names only the query counts: behind a mirror it may be that of the hub itself.
+    """
+    items, asked = [], set()
+    while query not in asked:
+        asked.add(query)
+        page, links = _get(f"{url}?{query}")
+        items += page
+        query = next((urlsplit(link).query for link, rest in LINK.findall(links) if NEXT.search(rest)), query)
+    return items
+
+
+def _get(url: str) -> tuple:
+    """Return the JSON at an address, and the Link headers that came with it."""
     with urlopen(Request(url, headers={"User-Agent": "minimind"}), timeout=TIMEOUT) as response:
-        return json.load(response)
+        return json.load(response), ", ".join(response.headers.get_all("Link", []))
 
 
 def _refused(error: URLError) -> bool:

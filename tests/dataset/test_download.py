@@ -23,10 +23,10 @@ class FakeHub(BaseHTTPRequestHandler):
         if self.path.startswith(f"/api/datasets/{REPO}/tree/main"):
             lfs = {"oid": server.sha256, "size": len(server.content), "pointerSize": 130}
             git = hashlib.sha1(b"blob %d\0" % len(SMALL) + SMALL).hexdigest()
-            return self.reply(json.dumps([
-                {"type": "directory", "oid": "0", "size": 0, "path": "images"},
-                {"type": "file", "oid": "1", "size": len(server.content), "path": "big.jsonl", "lfs": lfs},
-                {"type": "file", "oid": git, "size": len(SMALL), "path": "small.jsonl"}]).encode())
+            entries = [{"type": "directory", "oid": "0", "size": 0, "path": "images"},
+                       {"type": "file", "oid": "1", "size": len(server.content), "path": "big.jsonl", "lfs": lfs},
+                       {"type": "file", "oid": git, "size": len(SMALL), "path": "small.jsonl"}]
+            return self.reply_with_page(entries) if server.pages else self.reply(json.dumps(entries).encode())
         if self.path.startswith("/api/v1/datasets/gongjy/minimind_dataset/repo/tree?Revision=master"):
             files = [{"Type": "tree", "Path": "images", "Size": 0},
                      {"Type": "blob", "Path": "big.jsonl", "Size": len(server.content), "Sha256": server.sha256}]
@@ -37,8 +37,17 @@ class FakeHub(BaseHTTPRequestHandler):
             return self.send_file()
         return self.send_error(404)
 
-    def reply(self, body):
+    def reply_with_page(self, entries):
+        """One entry; the link to the next one is that of the hub, even if a mirror is asked."""
+        page = int((re.search(r"&cursor=(\d)%3D$", self.path) or [0, 0])[1])
+        hub = f"https://huggingface.co/api/datasets/{REPO}/tree/main?recursive=1"
+        links = [f'<{hub}>; rel="first"', f'<{hub}&cursor={page + 1}%3D>; rel="next"'][: 2 if page < 2 else 1]
+        self.reply(json.dumps([entries[page]]).encode(), {"Link": ", ".join(links)})
+
+    def reply(self, body, headers=()):
         self.send_response(200)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -65,7 +74,7 @@ class FakeHub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     server.content, server.sha256 = CONTENT, hashlib.sha256(CONTENT).hexdigest()
-    server.cut, server.knows_ranges, server.log, server.sent = None, True, [], 0
+    server.cut, server.knows_ranges, server.pages, server.log, server.sent = None, True, False, [], 0
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     for variable in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):  # the mirror variables are what leads here
@@ -92,6 +101,18 @@ def test_a_file_arrives_whole_and_is_not_fetched_twice(hub, tmp_path, hub_name):
     assert hub.sent == 1
     path.write_bytes(CONTENT[:-1] + b"x")  # damaged on disk: same size, other content
     assert fetch(hub_name, "big", tmp_path).read_bytes() == CONTENT and hub.sent == 2
+
+
+def test_a_list_of_several_pages_is_read_to_its_end(hub):
+    whole = list_files("huggingface")
+    hub.pages = True
+    assert list_files("huggingface") == whole and list(whole) == ["big.jsonl", "small.jsonl"]
+    assert [path.partition("?")[2] for path, _ in hub.log[1:]] == ["recursive=1", *(f"recursive=1&cursor={n}%3D" for n in (1, 2))]
+
+
+def test_a_list_that_never_ends_is_left(hub, monkeypatch):
+    monkeypatch.setattr(module, "_get", lambda url: ([{"path": "a", "size": 1, "type": "file"}], '<?recursive=1>; rel="next"'))
+    assert list(list_files("huggingface")) == ["a"]
 
 
 def test_a_small_file_is_checked_by_its_git_hash(hub, tmp_path):
