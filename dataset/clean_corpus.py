@@ -48,10 +48,13 @@ class CleanOptions:
     numbers: str = "auto"
 
     def check(self) -> None:
-        """ValueError for a threshold out of range."""
+        """ValueError for a threshold out of range, or an option that nothing would heed."""
         self.limits.check()
         if self.threshold and not 0.3 <= self.threshold <= 1:
             raise ValueError(f"--threshold {self.threshold}: give a similarity from 0.3 to 1, or 0 to keep near-duplicates")
+        if not self.threshold and self.numbers != "auto":
+            raise ValueError(f"--numbers {self.numbers}: it is for near-duplicates, which --threshold 0 keeps. Leave one of the "
+                             "two out.")
 
 
 class LineBlock(NamedTuple):

@@ -348,16 +348,18 @@ class ConvertReport:
         return "\n".join([*lines, *self.named])
 
 
-def convert(paths: list[str], out: str, format: str = "auto", split: str = "paragraphs", bad_rows: str = "stop") -> ConvertReport:
-    """Convert files into one .jsonl and return the report.
+def convert(paths: list[str], out: str, format: str = "auto", split: str = "", bad_rows: str = "stop") -> ConvertReport:
+    """Convert files into one .jsonl and return the report. split: one of SPLITS, for .txt files; "" is the first of them.
 
     ValueError "file:line: what is wrong. way out" at the first row that fits nothing, unless bad_rows is "skip".
     """
     check_outputs(paths, {"--out": out})
+    if split and not any(Path(path).suffix.lower() == ".txt" for path in paths):
+        raise ValueError(f"--split {split}: it is for .txt files, and none is given. Leave it out.")
     report = ConvertReport()
     with whole_file(out) as file:
         for path in paths:
-            for line_no, row in read_any(path, split):
+            for line_no, row in read_any(path, split or SPLITS[0]):
                 report.rows_read += 1
                 try:
                     row = parse_row(row) if isinstance(row, str) else row

@@ -57,7 +57,7 @@ class ConvertArgs:
     files: list[str] = flag([], ".jsonl (.gz, .xz), .json, .parquet, .csv, .tsv, .txt", nargs="+", positional=True)
     out: str = flag("", "file to write: .jsonl, .jsonl.gz or .jsonl.xz", required=True)
     format: str = flag("auto", "of the rows (default: seen from each row's keys)", choices=FORMATS)
-    split: str = flag("paragraphs", "what a row is in a .txt file", choices=("paragraphs", "file", "lines"))
+    split: str = flag("", "what a row is in a .txt file (default: paragraphs)", choices=("paragraphs", "file", "lines"))
     bad_rows: str = flag("stop", "at a row that fits no format", choices=("stop", "skip"))
     json: str = flag("", "write the figures to this file too")
 

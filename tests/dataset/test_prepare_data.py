@@ -151,6 +151,8 @@ def test_nothing_is_left_behind_after_an_error(corpus, tmp_path, monkeypatch):
     (["clean", "{a}", "--out", "{a}/o.jsonl"], "File exists: '{a}'"),
     (["convert", "{a}", "--out", "{a}"], "--out {a} is one of the files to read"),
     (["clean", "{a}", "--out", "o.jsonl", "--threshold", "0.1"], "--threshold 0.1: give a similarity"),
+    (["clean", "{a}", "--out", "o.jsonl", "--threshold", "0", "--numbers", "yes"], "--numbers yes: it is for near-duplicates"),
+    (["convert", "{a}", "--out", "o.jsonl", "--split", "lines"], "--split lines: it is for .txt files, and none is given"),
     (["clean", "{a}", "--out", "o.jsonl", "--min_letters", "2"], "--min_letters 2.0: give a share"),
     (["clean", "{a}", "--out", "o.jsonl", "--num_proc", "-1"], "--num_proc -1"),
     (["clean", "{a}@0.5", "--out", "o.jsonl"], "clean the whole file"),
