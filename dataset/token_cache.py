@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.outputs import locked
-from dataset.processes import num_cores as num_cores  # scripts take it from here
 
 BUILDING = "building the token cache"
 NAMED = 5  # rows that a report names of each kind

@@ -27,7 +27,7 @@ from dataset.clean_corpus import CleanOptions, clean
 from dataset.cleaning import row_text
 from dataset.jsonl import find_shards, read_rows
 from trainer.arguments import arg, check_positive, command, parse_args
-from trainer.record import write_json
+from trainer.metrics import write_json
 
 TOKEN = re.compile(r"[㐀-鿿]|[^\W_㐀-鿿]+")
 TEMPLATES = (

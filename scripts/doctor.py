@@ -33,7 +33,7 @@ try:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from dataset.packing import PackedBatches
-    from dataset.token_cache import num_cores
+    from dataset.processes import num_cores
     from dataset.toy_world import write_world
     from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
     from scripts import bench_training as bench
