@@ -5,9 +5,12 @@
     python eval_llm.py --weight full_sft --benchmark toy     # accuracy per skill, with chance level and 95% interval
     python eval_llm.py --weight pretrain --benchmark bpb --data_path held_out.jsonl
 
-Whether a checkpoint chats or only continues text is told by its tokenizer: a chat template is there or it is not.
+In the chat a line that ends with \\ goes on in the next one, and so does everything between two lines of three quotes;
+/help lists the commands. Whether a checkpoint chats or only continues text is told by its tokenizer: a chat template is
+there or it is not.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -16,18 +19,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-from transformers import TextStreamer
-
-from dataset.chat_format import encode_prompt
+from dataset.chat_format import encode_prompt, normalize_conversation
 from dataset.jsonl import find_shards, read_rows
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.toy_world import accuracy_table, format_table, heldout_questions, make_world
+from model.engine import Engine
+from model.model_lora import merge_adapter
 from model.model_minimind import PRESETS
-from trainer.arguments import arg, check_not_negative, check_positive, command, parse_args
-from trainer.evaluation import bits_per_byte, toy_answers
+from model.sampling import SamplingParams
+from trainer.arguments import arg, check_not_negative, check_positive, check_share, command, parse_args
+from trainer.evaluation import bits_per_byte, evaluation_engine, toy_answers
 from trainer.metrics import write_json
-from trainer.run import Compute, seed_everything
+from trainer.run import Compute
 from trainer.weights import read_weight
 
 TEST_PROMPTS = [
@@ -36,16 +39,26 @@ TEST_PROMPTS = [
     "写一首关于秋天的短诗。", "Give me two tips for learning a language."]
 # values of --benchmark ("" is talking) -> the flags that have an effect with these alone
 USED_BY = {
-    ("",): {"prompt", "test_prompts", "system", "historys", "temperature", "top_p", "top_k", "repetition_penalty", "show_speed"},
+    ("",): {"prompt", "test_prompts", "system", "historys", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+            "int8", "show_speed"},
     ("", "toy"): {"open_thinking", "max_new_tokens"}, ("toy",): {"toy_level", "limit"}, ("bpb",): {"data_path", "max_seq_len"},
     ("toy", "bpb"): {"json"}}
-HELP = "Type a message. /new forgets the conversation, /exit (or Ctrl-D) leaves."
+MAX_LEN = 8192  # tokens of a chat that the engine holds, where the model has more positions
+HELP = """Type a message; Ctrl-C stops an answer. A line that ends with \\ goes on in the next one, and
+three double quotes begin and end a block of lines. Commands:
+/reset          forget the conversation
+/system TEXT    set the system prompt and forget the conversation; without TEXT: show it
+/think on|off   think before answering, or answer at once; /think auto leaves it to the model
+/save FILE      append the conversation to FILE, as a row that can be trained on
+/exit           leave (or Ctrl-D)"""
+THINKING = {"on": True, "off": False, "auto": None}
 
 
 @dataclass
 class EvalArgs:
     weight: str = arg("full_sft", "which model: the name of a run in SAVE_DIR, a checkpoint folder, or a .pth file")
     save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
+    adapter: str = arg("", "folder of a LoRA adapter (PEFT format) to merge into the weights")
     preset: str = arg("", "which of the runs of that name; for a .pth file, its shape", choices=list(PRESETS))
     hidden_size: int | None = arg(None, "for a .pth file: width, in place of the preset's")
     num_hidden_layers: int | None = arg(None, "for a .pth file: layers, in place of the preset's")
@@ -60,7 +73,9 @@ class EvalArgs:
     temperature: float = arg(0.7, "0: always the likeliest token")
     top_p: float = arg(0.9, "sample from the likeliest tokens that together have this probability")
     top_k: int = arg(0, "sample from so many likeliest tokens only; 0: from all")
+    min_p: float = arg(0.0, "sample only from tokens at least this share as likely as the likeliest")
     repetition_penalty: float = arg(1.0, "above 1: tokens that were used become less likely")
+    int8: bool = arg(False, "int8 weights: faster on a CPU, and a little less exact")
     show_speed: bool = arg(True, "print the tokens per second after each answer")
     benchmark: str = arg("", "toy: accuracy per skill; bpb: bits per byte of --data_path", choices=["toy", "bpb"])
     data_path: list[str] = arg([], "bpb: files of text or conversations, each scored by itself", nargs="+")
@@ -78,6 +93,7 @@ class EvalArgs:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p}: give a share above 0, up to 1")
         check_not_negative(self, "temperature", "top_k", "historys", "seed")
+        check_share(self, "min_p")
         check_positive(self, "max_new_tokens", "limit", "repetition_penalty")
         if self.benchmark == "bpb" and not self.data_path:
             raise ValueError("--benchmark bpb needs --data_path FILE")
@@ -93,6 +109,8 @@ class EvalArgs:
 def load(args, device):
     """(model, tokenizer, whether it chats) of --weight."""
     model, tokenizer = read_weight(args.weight, args, device)
+    if args.adapter:
+        merge_adapter(model, args.adapter)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     chats = bool(tokenizer.chat_template) if args.mode == "auto" else args.mode == "chat"
     if chats and not tokenizer.chat_template:
@@ -101,62 +119,114 @@ def load(args, device):
     return model.to(device), tokenizer, chats
 
 
-def generate(model, tokenizer, ids, args, run):
-    """Print the model's continuation of the token ids as it is made; returns (its text, tokens per second)."""
-    room = model.config.max_position_embeddings - len(ids)
-    if room <= 0:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model sees {len(ids) + room} at most: shorten it")
-    sampling = dict(do_sample=False) if args.temperature == 0 else dict(
-        do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-    prompt = torch.tensor([ids], device=run.device)
-    start = time.perf_counter()
-    with run.autocast():
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=min(args.max_new_tokens, room),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            repetition_penalty=args.repetition_penalty, **sampling)
-    new = out[0, len(ids):]
-    return tokenizer.decode(new, skip_special_tokens=True), len(new) / (time.perf_counter() - start)
+class Talk:
+    """A conversation with a model: `messages` so far, and the settings that commands may change."""
+
+    def __init__(self, model, tokenizer, chats, args, run):
+        self.tokenizer, self.chats, self.args = tokenizer, chats, args
+        self.engine = Engine(model, tokenizer, max_batch_size=2, max_len=min(MAX_LEN, model.config.max_position_embeddings),
+                             dtype=run.dtype, int8=args.int8)
+        self.system, self.thinking, self.messages = args.system, args.open_thinking, []
+
+    def prompt_for(self, text):
+        """Token ids of the conversation with `text` as its next message, or of a text to go on with."""
+        if not self.chats:
+            return [self.tokenizer.pad_token_id, *self.tokenizer(text).input_ids]  # <|endoftext|> begins a document
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        rounds = self.messages[max(0, len(self.messages) - 2 * self.args.historys):]
+        return encode_prompt(self.tokenizer, [*system, *rounds, {"role": "user", "content": text}], enable_thinking=self.thinking)
+
+    def answer(self, text):
+        """Reply to `text`, printed as it comes, and remember both. ValueError if the conversation has become too long."""
+        prompt = self.prompt_for(text)
+        if not self.chats:
+            print(text, end="", flush=True)
+        start = time.perf_counter()
+        request = self.generate(prompt)
+        if self.args.show_speed:
+            print(f"[{len(request.sampled) / (time.perf_counter() - start):.1f} tokens/s]")
+        if self.chats:
+            thought = "<think>\n" if self.thinking else ""  # the prompt's part of the block; later rounds do not see it
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": thought + request.text}]
+
+    def generate(self, prompt):
+        """Print the continuation of the token ids as it is made; returns the finished Request."""
+        args = self.args
+        request = self.engine.add(prompt, SamplingParams(
+            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p, max_tokens=args.max_new_tokens,
+            repetition_penalty=args.repetition_penalty, seed=args.seed + len(self.messages)))
+        try:
+            while request.finish_reason is None:
+                for output in self.engine.step():
+                    print(output.text, end="", flush=True)
+            print()
+        finally:
+            if request.finish_reason is None:  # Ctrl-C
+                self.engine.cancel(request)
+                self.engine.step()
+        return request
+
+    def save(self, path):
+        """Append the conversation to a .jsonl file, in the format of the SFT data."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages, _ = normalize_conversation(system + self.messages)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n")
+        print(f"[{len(messages)} messages appended to {path}]")
+
+    def obey(self, line):
+        """Carry out a line that begins with a slash."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in ("/reset", "/new"):
+            self.messages = []
+        elif name == "/system" and rest:
+            self.system, self.messages = rest, []
+        elif name == "/system":
+            print(f"[system prompt: {self.system or 'none'}]")
+        elif name == "/think" and rest in THINKING and self.chats:
+            self.thinking = THINKING[rest]
+        elif name == "/save" and rest and self.messages:
+            self.save(rest)
+        elif name == "/save" and rest:
+            print("[there is nothing to save yet]")
+        else:
+            print(HELP)
 
 
-def answer(model, tokenizer, chats, history, text, args, run):
-    """Reply to `text`, printed as it comes; returns the history with this round added."""
-    messages = [*history, {"role": "user", "content": text}]
-    if chats:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        rounds = messages[max(0, len(messages) - 1 - 2 * args.historys):]
-        ids = encode_prompt(tokenizer, system + rounds, enable_thinking=args.open_thinking)
-    else:
-        ids = [tokenizer.pad_token_id, *tokenizer(text).input_ids]  # <|endoftext|> begins a document
-        print(text, end="", flush=True)
-    reply, speed = generate(model, tokenizer, ids, args, run)
-    if args.show_speed:
-        print(f"[{speed:.1f} tokens/s]")
-    thought = "<think>\n" if chats and args.open_thinking else ""  # the prompt's part of the block; later rounds do not see it
-    return [*messages, {"role": "assistant", "content": thought + reply}]
+def read_message():
+    """One message from the terminal, which may take several lines. EOFError at the end of the input."""
+    line = input("> ").strip()
+    if line.startswith('"""'):
+        lines = [line[3:]]
+        while not lines[-1].rstrip().endswith('"""'):
+            lines.append(input("... "))
+        return "\n".join(lines).rstrip()[:-3].strip("\n")
+    while line.endswith("\\"):
+        line = line[:-1] + "\n" + input("... ").rstrip()
+    return line
 
 
-def chat(model, tokenizer, chats, args, run):
+def chat(talk):
     """Read messages from the terminal until the user leaves."""
-    print(HELP if chats else f"This model was only pretrained: it continues your text. {HELP}")
-    history = []
+    print(HELP if talk.chats else f"This model was only pretrained: it continues your text.\n{HELP}")
     while True:
         try:
-            text = input("> ").strip()
+            text = read_message()
         except (EOFError, KeyboardInterrupt):
             print()
             return
         if text in ("/exit", "/quit"):
             return
-        if text == "/new":
-            history = []
-        elif text.startswith("/"):
-            print(HELP)
-        elif text:
-            try:
-                history = answer(model, tokenizer, chats, history if chats else [], text, args, run)
-            except KeyboardInterrupt:
-                print("\n[stopped; this round is forgotten]")
+        try:
+            if text.startswith("/"):
+                talk.obey(text)
+            elif text:
+                talk.answer(text)
+        except KeyboardInterrupt:
+            print("\n[stopped; this round is forgotten]")
+        except (ValueError, OSError) as error:
+            print(f"[{error}]")
 
 
 def benchmark_toy(model, tokenizer, chats, args, run):
@@ -165,8 +235,8 @@ def benchmark_toy(model, tokenizer, chats, args, run):
         raise ValueError("--benchmark toy asks questions in a chat, but this checkpoint was only pretrained; "
                          "give a fine-tuned one, or measure this one with --benchmark bpb")
     questions = heldout_questions(make_world(args.toy_level), args.limit)
-    rows = accuracy_table(toy_answers(model, tokenizer, questions, run, args.open_thinking,
-                                     args.max_new_tokens if "max_new_tokens" in args.given else 128))
+    rows = accuracy_table(toy_answers(evaluation_engine(model, tokenizer, run), questions, args.open_thinking,
+                                      args.max_new_tokens if "max_new_tokens" in args.given else 128))
     print(format_table(rows))
     return rows
 
@@ -193,14 +263,15 @@ def main(argv=None):
                 else benchmark_bpb(model, tokenizer, args, run))
         if args.json:
             write_json(args.json, {"weight": args.weight, "benchmark": args.benchmark, "rows": rows})
-    elif args.prompt is not None or args.test_prompts:
-        for text in TEST_PROMPTS if args.test_prompts else [args.prompt]:
-            seed_everything(args.seed)
-            if args.test_prompts:
-                print(f"> {text}" if chats else "")
-            answer(model, tokenizer, chats, [], text, args, run)
-    else:
-        chat(model, tokenizer, chats, args, run)
+        return
+    talk = Talk(model, tokenizer, chats, args, run)
+    if args.prompt is None and not args.test_prompts:
+        chat(talk)
+    for text in TEST_PROMPTS if args.test_prompts else [args.prompt] if args.prompt is not None else []:
+        if args.test_prompts:
+            print(f"> {text}" if chats else "")
+        talk.messages = []
+        talk.answer(text)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ class Engine:
     """Decodes with `model` (a MiniMindForCausalLM on its device, not touched) for up to `max_batch_size` requests at once.
 
     max_len: tokens of prompt and answer together, at most the model's positions. dtype: of weights and cache (default: the
-    model's own). int8: int8 weights on a CPU. prefill_chunk: prompt tokens per step, so that a long prompt does not hold
-    up the others. cuda_graphs: replay each step's kernels without launching them one by one (a GPU; a mixture of experts
-    in bfloat16 only). Raises ValueError for sizes and options that do not fit.
+    model's own; on a CPU always float32, the fastest there). int8: int8 weights on a CPU. prefill_chunk: prompt tokens per
+    step, so that a long prompt does not hold up the others. cuda_graphs: replay each step's kernels without launching them
+    one by one (a GPU; a mixture of experts in bfloat16 only). Raises ValueError for sizes and options that do not fit.
     """
 
     def __init__(self, model, tokenizer, max_batch_size=8, max_len=None, dtype=None, int8=False, prefill_chunk=512,
@@ -102,6 +102,10 @@ class Engine:
             raise ValueError(f"max_batch_size {max_batch_size} and prefill_chunk {prefill_chunk} must be 1 or more")
         self.model, self.tokenizer, self.int8, self.prefill_chunk = model, tokenizer, int8, prefill_chunk
         self.device, self.dtype = model.device, dtype or model.dtype
+        if self.device.type == "cpu":
+            if dtype not in (None, torch.float32):
+                raise ValueError(f"dtype {dtype}: on a CPU the engine computes in float32; leave it out, or take int8 weights")
+            self.dtype = torch.float32
         if cuda_graphs and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: the model is on {self.device}, not on a GPU; leave it out")
         if cuda_graphs and model.config.num_experts and self.dtype != torch.bfloat16:
@@ -109,8 +113,8 @@ class Engine:
         self.decoder_class = RecordedDecoder if cuda_graphs else Decoder
         self.pieces = token_bytes(tokenizer)
         ends = model.generation_config.eos_token_id
-        self.end_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id, tokenizer.pad_token_id}
-        self.end_ids.discard(None)
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, tokenizer.pad_token_id}
+        self.end_ids = ends - {None}
         self.slots = [Slot() for _ in range(max_batch_size)]
         self.waiting, self.running, self.prefilling = deque(), [], None
         self.steps = 0

@@ -23,7 +23,7 @@ from dataset import toy_world
 from dataset.chat_format import encode_prompt
 from trainer import train_full_sft, train_pretrain
 from trainer.arguments import arg, command, parse_args
-from trainer.evaluation import generate_batch
+from trainer.evaluation import evaluation_engine, greedy_texts
 from trainer.metrics import write_json
 
 # level of the world, preset, and what each stage is given
@@ -79,9 +79,10 @@ def converse(folder, args, plan):
     chat = eval_llm.parse_args(eval_llm.EvalArgs, ["--weight", str(folder), "--device", args.device])
     run = eval_llm.Compute(chat)
     model, tokenizer, _ = eval_llm.load(chat, run.device)
+    engine = evaluation_engine(model, tokenizer, run, max_batch_size=1)
 
     def reply(messages, tools):
-        return generate_batch(model, tokenizer, [encode_prompt(tokenizer, messages, tools)], run, 128, 1)[0]
+        return greedy_texts(engine, [encode_prompt(tokenizer, messages, tools)], 128)[0]
 
     questions = toy_world.heldout_questions(toy_world.make_world(plan["level"]), 4)
     skills = dict.fromkeys(question.skill for question in questions)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,18 +30,29 @@ def out(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+def fake_replies(monkeypatch, replies):
+    """Let the engine answer with these texts; returns the list that the prompts, as text, will be added to."""
+    seen, replies = [], iter(replies)
+
+    def generate(talk, prompt):
+        seen.append(talk.tokenizer.decode(prompt))
+        return SimpleNamespace(text=next(replies), sampled=[1])
+
+    monkeypatch.setattr(eval_llm.Talk, "generate", generate)
+    return seen
+
+
+def type_lines(monkeypatch, *lines):
+    lines = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+
+
 def flags(out, *more):
     return ["--save_dir", str(out), "--device", "cpu", *(() if "bpb" in more else ("--max_new_tokens", "4")), *more]
 
 
 def test_a_chat_model_gets_the_template_and_a_pretrained_one_the_text(out, monkeypatch):
-    seen = []
-
-    def record(model, tokenizer, ids, args, run):
-        seen.append(tokenizer.decode(ids))
-        return "x", 1.0
-
-    monkeypatch.setattr(eval_llm, "generate", record)
+    seen = fake_replies(monkeypatch, "xxx")
     eval_llm.main(flags(out, "--prompt", "hi"))
     eval_llm.main(flags(out, "--prompt", "hi", "--weight", "pretrain"))
     eval_llm.main(flags(out, "--prompt", "hi", "--open_thinking", "0", "--system", "Be kind."))
@@ -50,15 +62,62 @@ def test_a_chat_model_gets_the_template_and_a_pretrained_one_the_text(out, monke
 
 
 def test_chat_keeps_a_bounded_history_and_forgets_on_request(out, monkeypatch, capsys):
-    seen, replies = [], iter("abcde")
-    lines = iter(["one", "two", "three", "/new", "four", "/what", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr(eval_llm, "generate",
-                        lambda model, tokenizer, ids, args, run: (seen.append(tokenizer.decode(ids)), (next(replies), 1.0))[1])
+    seen = fake_replies(monkeypatch, "abcde")
+    type_lines(monkeypatch, "one", "two", "three", "/reset", "four", "/what", "/exit")
     eval_llm.main(flags(out, "--historys", "1"))
     contents = [[part.split("<|im_end|>")[0].split("\n", 1)[1] for part in text.split("<|im_start|>")[1:-1]] for text in seen]
     assert contents == [["one"], ["one", "a", "two"], ["two", "b", "three"], ["four"]]
-    assert capsys.readouterr().out.count("/new forgets") == 2
+    assert capsys.readouterr().out.count("/reset ") == 2
+
+
+def test_commands_of_the_chat(out, tmp_path, monkeypatch, capsys):
+    seen = fake_replies(monkeypatch, ["yes", "why\n</think>\n\nno", "ok", "ok"])
+    saved = tmp_path / "saved.jsonl"
+    type_lines(monkeypatch, "/save x", "/system Be kind.", "/system", "one\\", "more", "/think on", "two", f"/save {saved}",
+               "/think maybe", "/think off", "/reset", '"""a', "", 'b"""', "/think auto", "/new", "three", "/exit")
+    eval_llm.main(flags(out))
+    turns = ["<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
+    assert seen == [f"{turns[0]}one\nmore{turns[1]}",
+                    f"{turns[0]}one\nmore{turns[1]}yes<|im_end|>\n<|im_start|>user\ntwo{turns[1]}<think>\n",
+                    f"{turns[0]}a\n\nb{turns[1]}<think>\n\n</think>\n\n", f"{turns[0]}three{turns[1]}"]
+    row = json.loads(saved.read_text())
+    assert [message["role"] for message in row["conversations"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert row["conversations"][-1] == {"role": "assistant", "content": "no", "reasoning_content": "\nwhy\n"}
+    printed = capsys.readouterr().out
+    assert "nothing to save" in printed and "[system prompt: Be kind.]" in printed and printed.count("/think on|off") == 2
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(out, monkeypatch, capsys):
+    from model.engine import Engine
+
+    step, steps = Engine.step, []
+
+    def interrupted(engine):
+        steps.append(engine)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    type_lines(monkeypatch, "one", "two", "/exit")
+    eval_llm.main(flags(out, "--max_new_tokens", "9"))
+    printed = capsys.readouterr().out
+    assert "[stopped; this round is forgotten]" in printed and printed.count("tokens/s]") == 1
+    assert steps[0].num_unfinished == 0
+
+
+def test_a_conversation_that_is_too_long_is_said(out, monkeypatch, capsys):
+    monkeypatch.setattr("eval_llm.MAX_LEN", 20)
+    type_lines(monkeypatch, "word " * 40, "/exit")
+    eval_llm.main(flags(out))
+    assert "20 is the most for prompt and answer" in capsys.readouterr().out
+
+
+def test_an_adapter_is_merged(out, tmp_path, monkeypatch):
+    merged = []
+    monkeypatch.setattr("eval_llm.merge_adapter", lambda model, folder: merged.append(folder))
+    eval_llm.main(flags(out, "--adapter", "some/folder", "--prompt", "hi"))
+    assert merged == ["some/folder"]
 
 
 def test_one_shot_streams_and_prints_the_speed(out, capsys):
@@ -82,10 +141,8 @@ def test_benchmarks_write_their_figures(out, tmp_path, capsys):
 
 
 def test_thinking_is_not_seen_by_later_rounds(out, monkeypatch):
-    seen, lines = [], iter(["one", "two", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr(eval_llm, "generate", lambda model, tokenizer, ids, args, run: (
-        seen.append(tokenizer.decode(ids)), ("why\n</think>\n\nyes", 1.0))[1])
+    seen = fake_replies(monkeypatch, ["why\n</think>\n\nyes"] * 2)
+    type_lines(monkeypatch, "one", "two", "/exit")
     eval_llm.main(flags(out, "--open_thinking"))
     assert seen[1] == ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
                        "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n<think>\n")
@@ -104,7 +161,7 @@ def test_older_pth_files_load_with_what_they_had_otherwise(tmp_path, out, monkey
     model = MiniMindForCausalLM(MiniMindConfig.from_preset("tiny")).eval()
     torch.save({name: x.half() for name, x in model.state_dict().items()}, tmp_path / "chat.pth")
     loaded = []
-    monkeypatch.setattr(eval_llm, "answer", lambda model, *rest: loaded.append(model) or [])
+    monkeypatch.setattr(eval_llm.Talk, "answer", lambda talk, text: loaded.append(talk.engine.model))
     eval_llm.main(flags(out, "--weight", str(tmp_path / "chat.pth"), "--preset", "tiny", "--prompt", "hi"))
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(loaded[0](ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)

@@ -11,7 +11,11 @@ from dataset.chat_format import encode_prompt
 from dataset.lm_dataset import token_byte_lengths
 from dataset.packing import PackedBatches
 from dataset.toy_scorer import ask_all
+from model.engine import Engine
+from model.sampling import SamplingParams
 from trainer.run import evaluating
+
+MAX_LEN = 4096  # tokens of a question of the toy world's longest kind, its answer, and room
 
 
 def validation_sets(args, dataset, build):
@@ -69,7 +73,7 @@ def sample(model, tokenizer, dataset, index, run, max_new_tokens=64):
     """What the model writes, greedily, after the beginning of a held-out row: (prompt, continuation), both text.
 
     The beginning is what precedes the first target (a conversation up to the assistant's turn), or a few words of a
-    document.
+    document. Through `generate`, which works on sharded networks too.
     """
     row = dataset[index % len(dataset)]
     ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
@@ -81,27 +85,20 @@ def sample(model, tokenizer, dataset, index, run, max_new_tokens=64):
     return tokenizer.decode(prompt), tokenizer.decode(out[0, len(prompt):])
 
 
-def toy_answers(model, tokenizer, questions, run, enable_thinking=None, max_new_tokens=128, batch_size=64):
-    """Put questions of the toy world to the model, greedily and many at once: [(question, answered rightly)]."""
+def toy_answers(engine, questions, enable_thinking=None, max_new_tokens=128):
+    """Put questions of the toy world to a model, greedily and many at once: [(question, answered rightly)]."""
     def replies(requests):
-        prompts = [encode_prompt(tokenizer, messages, tools, enable_thinking) for messages, tools in requests]
-        return generate_batch(model, tokenizer, prompts, run, max_new_tokens, batch_size)
+        prompts = [encode_prompt(engine.tokenizer, messages, tools, enable_thinking) for messages, tools in requests]
+        return greedy_texts(engine, prompts, max_new_tokens)
 
     return ask_all(questions, replies)
 
 
-def generate_batch(model, tokenizer, prompts, run, max_new_tokens, batch_size):
-    """Greedy continuations, as text, of prompts given as lists of token ids; prompts of like length run together."""
-    texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in chosen])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-        with evaluating(model), run.autocast():
-            out = model.generate(ids.to(run.device), attention_mask=mask.to(run.device), max_new_tokens=max_new_tokens,
-                                 do_sample=False)
-        for i, reply in zip(chosen, out[:, width:]):
-            texts[i] = tokenizer.decode(reply, skip_special_tokens=True)
-    return texts
+def evaluation_engine(model, tokenizer, run, max_batch_size=64):
+    """An Engine for measuring `model`, in the run's arithmetic."""
+    return Engine(model, tokenizer, max_batch_size, min(MAX_LEN, model.config.max_position_embeddings), run.dtype)
+
+
+def greedy_texts(engine, prompts, max_new_tokens):
+    """Greedy continuations, as text, of prompts given as lists of token ids."""
+    return [request.text for request in engine.generate(prompts, SamplingParams(temperature=0, max_tokens=max_new_tokens))]

@@ -1,4 +1,4 @@
-"""Bits per byte against a row-by-row computation, batched generation against one prompt at a time, the toy benchmark."""
+"""Bits per byte against a row-by-row computation, batched generation against transformers', the toy benchmark."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.toy_world import heldout_questions, make_world
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import TrainArgs
-from trainer.evaluation import bits_per_byte, generate_batch, sample, toy_answers
+from trainer.evaluation import bits_per_byte, evaluation_engine, greedy_texts, sample, toy_answers
 from trainer.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,8 +51,10 @@ def test_bits_per_byte_equals_a_loop_over_rows(changes, rows, tokenizer, run):
 def test_batched_generation_equals_one_prompt_at_a_time(tokenizer, run):
     model = tiny_model(tokenizer).eval()
     prompts = [tokenizer(text).input_ids for text in ("one", "two three four", "你好", "a b c d e f g")]
-    together = generate_batch(model, tokenizer, prompts, run, 8, batch_size=3)
-    assert together == [generate_batch(model, tokenizer, [prompt], run, 8, batch_size=1)[0] for prompt in prompts]
+    engine = evaluation_engine(model, tokenizer, run, max_batch_size=3)
+    ids = [torch.tensor([prompt]) for prompt in prompts]
+    out = [model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=8, do_sample=False)[0, x.shape[1]:] for x in ids]
+    assert greedy_texts(engine, prompts, 8) == [tokenizer.decode(x, skip_special_tokens=True) for x in out]
 
 
 def test_a_sample_begins_where_the_assistant_does(rows, tokenizer, run):
@@ -66,13 +68,14 @@ def test_toy_benchmark_sees_right_and_wrong_answers(tokenizer, run, monkeypatch)
     by_text = {q.messages[-1]["content"]: q.answer for q in questions}
     seen = []
 
-    def oracle(model, tokenizer, prompts, *rest):
+    def oracle(engine, prompts, max_new_tokens):
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         seen.extend(texts)
         return [next(answer for text, answer in by_text.items() if text in prompt) for prompt in texts]
 
-    monkeypatch.setattr("trainer.evaluation.generate_batch", oracle)
-    assert all(right for _, right in toy_answers(None, tokenizer, questions, run))
+    engine = evaluation_engine(tiny_model(tokenizer), tokenizer, run)
+    monkeypatch.setattr("trainer.evaluation.greedy_texts", oracle)
+    assert all(right for _, right in toy_answers(engine, questions))
     assert all(text.endswith("<|im_start|>assistant\n") for text in seen)
-    monkeypatch.setattr("trainer.evaluation.generate_batch", lambda m, t, prompts, *rest: ["-"] * len(prompts))
-    assert not any(right for _, right in toy_answers(None, tokenizer, questions, run))
+    monkeypatch.setattr("trainer.evaluation.greedy_texts", lambda engine, prompts, number: ["-"] * len(prompts))
+    assert not any(right for _, right in toy_answers(engine, questions))
