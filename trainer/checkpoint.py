@@ -47,7 +47,7 @@ class Checkpoint:
         self.found = run.ranks.from_first(self.find) if args.from_resume else None
         if self.found:
             self.compare(self.found[1], self.found[0])
-            self.is_resumed = True
+            self.is_resumed, run.saved = True, self.found[1]["step"]
 
     def steps(self):
         """[(updates done, folder)] of the checkpoints that are there, newest first."""
@@ -55,10 +55,10 @@ class Checkpoint:
         return sorted(((int(path.name.split("-")[1]), path) for path in folders), reverse=True)
 
     def is_due(self, step, is_last):
-        """Whether to save after `step` updates; OSError if the last save failed meanwhile."""
+        """Whether to save after `step` updates, the last ones or not; OSError if the last save failed meanwhile."""
         self.raise_failure()
         # in a series of bad steps the weights may be what is bad: the checkpoint from before must stay the newest
-        return is_last or (step % self.args.save_interval == 0 and not self.run.guard.in_a_row)
+        return (is_last or step % self.args.save_interval == 0) and not self.run.guard.in_a_row
 
     def save(self, step, targets):
         """Copy the state after `step` updates on `targets` target tokens and begin to write it; all ranks call together.
@@ -70,7 +70,7 @@ class Checkpoint:
         engine = self.run.engine
         weights = engine.weights() if engine else self.model.state_dict()
         optimizer = engine.optimizer_state() if engine else self.optimizer.state_dict()
-        self.is_resumed = True
+        self.is_resumed, self.run.saved = True, step
         if not self.run.ranks.is_first:
             return
         progress = {
@@ -189,6 +189,7 @@ class Checkpoint:
             self.optimizer.load_state_dict(state["optimizer"])
         self.run.scaler.load_state_dict(state["scaler"])
         self.run.guard.load_state_dict(progress["guard"])
+        self.run.saved = progress["step"]
         self.run.say(f"going on after step {progress['step']}")
         return progress["step"], progress["targets"]
 

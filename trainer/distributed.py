@@ -68,6 +68,12 @@ class Ranks:
         dist.all_reduce(total)
         return total.item()
 
+    def sum_tensor(self, x):
+        """The sum of a tensor on the device over all ranks, elementwise; overwrites x."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
     def any(self, flag):
         """Whether the flag is set on some rank."""
         return self.sum(bool(flag)) > 0

@@ -5,7 +5,10 @@ import math
 
 import torch
 
+from trainer.metrics import writing
+
 LOWER = 0.5  # the learning rate after going back, as a share of what it would have been
+KEPT = 20  # bad steps whose rows stay on the disk
 
 
 class NonFiniteGuard:
@@ -54,11 +57,12 @@ class NonFiniteGuard:
         self.__dict__.update(state)
 
 
-def write_bad_rows(folder, tokenizer, micro_batches, step, rank, loss, grad_norm):
-    """Write the texts of a bad step to `folder`/bad_steps/step-N-rank-R.jsonl, one document a line; returns what to say."""
-    path = folder / "bad_steps" / f"step-{step}-rank-{rank}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+def write_bad_rows(folder, tokenizer, micro_batches, step, ranks, loss, grad_norm):
+    """Write the texts of a bad step to `folder`/bad_steps/step-N-rank-R.jsonl, one document a line; returns what to say.
+
+    Each rank writes its own, and deletes those of its older bad steps that are more than KEPT.
+    """
+    path, lines = folder / "bad_steps" / f"step-{step}-rank-{ranks.rank}.jsonl", []
     for number, micro in enumerate(micro_batches):
         starts = torch.nonzero(micro["position_ids"].flatten() == 0).flatten().tolist()
         ids, targets = micro["input_ids"].flatten(), (micro["labels"] != -100).flatten()
@@ -66,5 +70,11 @@ def write_bad_rows(folder, tokenizer, micro_batches, step, rank, loss, grad_norm
             if targets[start:end].any():  # the rest is padding
                 lines.append({"micro_batch": number, "loss": str(loss), "grad_norm": str(grad_norm),
                               "text": tokenizer.decode(ids[start:end])})
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    return f"step {step}: loss {loss}, gradient norm {grad_norm}: not applied; its rows are in {path}"
+    with writing(path, ", and go on with --from_resume"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        ours = sorted(path.parent.glob(f"step-*-rank-{ranks.rank}.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        for old in ours[:-KEPT]:
+            old.unlink()
+    named = path if ranks.world_size == 1 else path.with_name(f"step-{step}-rank-*.jsonl")
+    return f"step {step}: loss {loss}, gradient norm {grad_norm}: not applied; its rows are in {named}"

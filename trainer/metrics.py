@@ -1,13 +1,25 @@
 """The figures of a run on disk: metrics.jsonl, other JSON files, and the curve drawn from them."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 
+@contextmanager
+def writing(path, then=""):
+    """Around what writes to `path`: an OSError becomes one that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error}): make room on the disk, or give back the right to "
+                      f"write there{then}") from error
+
+
 def write_json(path, figures):
-    """Write figures to a file, whose folder is made if it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write figures to a file, whose folder is made if it is missing; OSError that says what to do if that cannot be done."""
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_metrics(path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from trainer.checkpoint import flush
 from trainer.costs import peak_flops, step_work, training_flops
-from trainer.metrics import plot_curve, read_metrics, write_json
+from trainer.metrics import plot_curve, read_metrics, write_json, writing
 from trainer.tracker import open_tracker
 
 try:
@@ -19,6 +21,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+GO_ON = ", and go on with --from_resume"
 QUIET_SECONDS = 15  # without a terminal: a line at most this often
 
 
@@ -60,7 +63,11 @@ class RunRecord:
     def keep_lines(self, step):
         """Drop the lines of metrics.jsonl about later steps than `step`; returns those that stay."""
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        new = self.path.with_name(f".{self.path.name}.new")  # beside it: who is killed here must not lose what is there
+        with writing(self.path, GO_ON):
+            new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            flush(new)
+            os.replace(new, self.path)
         return kept
 
     def begin_window(self):
@@ -89,7 +96,7 @@ class RunRecord:
         numbers = {"step": step, **numbers, "targets": self.targets}
         now = time.perf_counter()
         if self.window["targets"]:
-            numbers |= self.speed(now - self.since) | expert_load(self.model)
+            numbers |= self.speed(now - self.since) | expert_load(self.model, self.run.ranks)
         if self.speaks:
             numbers["seconds"] = round(self.seconds_before + now - self.start, 2)
             finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}  # JSON has no nan
@@ -98,13 +105,9 @@ class RunRecord:
         self.begin_window()
 
     def append(self, numbers):
-        """A line of metrics.jsonl; OSError that says what to do if it cannot be written."""
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(numbers) + "\n")
-        except OSError as error:
-            raise OSError(f"could not write {self.path} ({error.strerror}): make room on the disk, or give back the right to "
-                          "write, and go on with --from_resume") from error
+        """A line of metrics.jsonl."""
+        with writing(self.path, GO_ON), open(self.path, "a") as file:
+            file.write(json.dumps(numbers) + "\n")
 
     def speed(self, seconds):
         """Target tokens per second, share of the GPU's peak, share of the time spent waiting for data, peak memory (GB)."""
@@ -136,15 +139,15 @@ class RunRecord:
             sys.stdout.flush()
 
 
-def expert_load(model):
+def expert_load(model, ranks):
     """{"expert_load/e": share of the tokens that expert e got, "expert_load/max": the largest in a layer}; {} if dense.
 
-    Of the forwards since the last call.
+    Of the forwards of all ranks since the last call; all ranks call together.
     """
     counts = [module.tokens_per_expert for module in model.modules() if hasattr(module, "tokens_per_expert")]
     if not counts:
         return {}
-    shares = torch.stack(counts).double()
+    shares = ranks.sum_tensor(torch.stack(counts).double())
     shares /= shares.sum(-1, keepdim=True).clamp(min=1)  # layers, experts
     for count in counts:
         count.zero_()
@@ -153,9 +156,19 @@ def expert_load(model):
 
 
 def finish(folder, args, run):
-    """Draw the curve of a run that is done, write its last figures to --json, and say where everything is."""
+    """Draw the curve of a run that is done, write its last figures to --json, and say where everything is.
+
+    FloatingPointError if it ended in a series of bad steps before anything was saved.
+    """
+    bad, cure = run.guard.in_a_row, "Look at them, lower --learning_rate, or use --dtype float32"
+    if bad and not run.saved:
+        raise FloatingPointError(f"the last {bad} steps had a loss or gradient that is not finite, and nothing was saved before "
+                                 f"them. Their rows are in {folder / 'bad_steps'}. {cure}")
     if not run.ranks.is_first:
         return
+    if bad:
+        print(f"warning: the last {bad} steps had a loss or gradient that is not finite: the weights are those of the checkpoint "
+              f"before them, step {run.saved}. Their rows are in {folder / 'bad_steps'}. {cure}")
     plot_curve(folder)
     if args.json:
         last = {name: value for row in read_metrics(folder / "metrics.jsonl") for name, value in row.items()}

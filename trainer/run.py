@@ -53,6 +53,7 @@ class Run(Compute):
     def __init__(self, args):
         super().__init__(args)
         self.args, self.engine, self.net = args, None, None
+        self.saved = None  # updates done in the newest checkpoint of this run, if there is one
         # float16 has no range for small gradients: they are scaled up before backward and down again before the step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.guard = NonFiniteGuard(args.max_bad_steps)
@@ -143,8 +144,9 @@ class Run(Compute):
         value = norm.item()
         # an overflow in float16 is the scaler's business, which lowers its scale, as long as there is room below
         is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if self.guard.check(loss, value, is_overflow):
-            if self.args.grad_clip and norm.isfinite():
+        # each part has its own gradients looked at by the scaler: what has overflown in one must stop the others too
+        if self.guard.check(loss, value, is_overflow) and norm.isfinite():
+            if self.args.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.grad_clip, norm)
             for part in parts:
                 self.scaler.step(part)
@@ -159,9 +161,15 @@ class Run(Compute):
 
     def end_if_stopped(self, stopped, folder, step):
         """End the program as the signal wants it, once everything is saved; nothing if there was none."""
-        if stopped:
+        if not stopped:
+            return
+        if self.saved == step:
             self.say(f"stopped after step {step}, which is saved in {folder}: go on with the same command and --from_resume")
-            sys.exit(128 + (self.signals.received or signal.SIGTERM))
+        else:
+            self.say(f"stopped after step {step}, the last {self.guard.in_a_row} of them not finite: not saved. "
+                     + (f"Step {self.saved} is, in {folder}: go on from there with the same command and --from_resume"
+                        if self.saved else f"There is no checkpoint yet; their rows are in {folder / 'bad_steps'}"))
+        sys.exit(128 + (self.signals.received or signal.SIGTERM))
 
 
 def is_out_of_memory(error):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ranks import free_port, run_ranks
 
 from trainer import train_full_sft, train_pretrain
+from trainer.arguments import command
 from trainer.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,6 +184,54 @@ def test_a_run_that_stays_bad_stops_and_keeps_the_good_checkpoint(flags, tmp_pat
         train_pretrain.main(flags(save_dir=tmp_path / "other", max_steps=12, epochs=3, max_bad_steps=2))
 
 
+def test_a_stop_within_bad_steps_keeps_the_good_checkpoint(flags, tmp_path, monkeypatch, capsys):
+    """Also the only one that is kept; the run is told to stop after its seventh step, of which two were bad."""
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    poison = Poison(monkeypatch, lambda step, share: step >= 5)
+    monkeypatch.setattr(train_pretrain.Run, "stop_asked", lambda run: poison.step == 6)
+    for save_interval, kept, message in ((4, ["step-4"], f"not saved. Step 4 is, in {folder}: go on from there"),
+                                         (100, [], "not saved. There is no checkpoint yet; their rows are in")):
+        with pytest.raises(SystemExit) as end:
+            train_pretrain.main([*flags(max_steps=12, epochs=3, save_interval=save_interval, keep=1), "--overwrite"])
+        out = capsys.readouterr().out
+        assert end.value.code == 143 and message in out and "stopped after step 7, the last 2 of them not finite" in out
+        assert [path.name for path in folder.glob("checkpoints/*")] == kept
+
+
+def test_a_run_that_ends_within_bad_steps_keeps_the_good_checkpoint(flags, tmp_path, monkeypatch, capsys):
+    Poison(monkeypatch, lambda step, share: step >= 7)
+    train_pretrain.main(flags(max_steps=9, epochs=3, keep=1))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    assert "warning: the last 2 steps had" in (out := capsys.readouterr().out) and "before them, step 4." in out
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-4"]
+    assert (folder / "model.safetensors").read_bytes() == (folder / "checkpoints" / "step-4" / "model.safetensors").read_bytes()
+    with pytest.raises(FloatingPointError, match=r"the last 2 steps had .* nothing was saved before them.*bad_steps"):
+        train_pretrain.main([*flags(max_steps=9, epochs=3, save_interval=100), "--overwrite"])
+
+
+def test_the_rows_of_few_bad_steps_are_kept(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.guard.KEPT", 2)
+    Poison(monkeypatch, lambda step, share: step in (1, 3, 5, 7))
+    train_pretrain.main(flags(max_steps=9, epochs=3))
+    names = [path.name for path in (tmp_path / "out" / NAMES["pretrain"] / "bad_steps").iterdir()]
+    assert sorted(names) == ["step-5-rank-0.jsonl", "step-7-rank-0.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "arguments.json", "step-0-rank-0.jsonl"])
+def test_a_full_disk_is_one_line(name, flags, monkeypatch):
+    write_text = Path.write_text
+
+    def full(path, *text, **options):
+        if name in path.name:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    Poison(monkeypatch, lambda step, share: True)
+    with pytest.raises(SystemExit, match=rf"error: could not write .*{name} \(No space left on device\): make room on the disk"):
+        command(lambda: train_pretrain.main(flags()))
+
+
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "progress.json", "manifest.json"])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(harm, name, flags, tmp_path, capsys):
@@ -232,10 +281,10 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(flags, tmp_path):
     """Two agents, as on two machines: their ranks are started again and end like two that nobody touched."""
     options = dict(max_steps=60, epochs=20, save_interval=5, val_interval=60)
     run_ranks(2, "pretrain", flags(save_dir=tmp_path / "whole", **options))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "3", "--monitor-interval", "0.1",
-               str(ROOT / "trainer" / "train_pretrain.py"), *flags(**options)]
-    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
+              "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "3", "--monitor-interval", "0.1",
+              str(ROOT / "trainer" / "train_pretrain.py"), *flags(**options)]
+    agents = [subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     folder = tmp_path / "out" / NAMES["pretrain"]
     end = time.monotonic() + 60

@@ -50,6 +50,23 @@ def test_matrices_decay_and_norms_do_not(kind):
         torch.testing.assert_close(x.detach(), before[name] if "norm" in name else before[name] * 0.95)
 
 
+@pytest.mark.parametrize("overflown", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_what_overflows_for_one_optimizer_stops_the_other_too(overflown):
+    """float16: nothing is learned from such a step, and the scale is halved; the next one is applied."""
+    model = MiniMindForCausalLM(MiniMindConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                               num_key_value_heads=1, intermediate_size=16))
+    optimizer = build_optimizer(model, TrainArgs(optimizer="muon"))
+    run = Run(TrainArgs(device="cpu", dtype="float16"))
+    run.scaler.scale(torch.zeros(1))  # as backward does
+    scale, before = run.scaler.get_scale(), {name: x.detach().clone() for name, x in model.named_parameters()}
+    for bad in (True, False):
+        for name, x in model.named_parameters():
+            x.grad = torch.full_like(x, float("inf") if bad and name == overflown else 1.0)
+        run.clip_and_step(model, optimizer, 1.0)
+        assert all(torch.equal(x, before[name]) for name, x in model.named_parameters()) == bad
+        assert run.scaler.get_scale() == scale / 2 and not run.guard.in_a_row
+
+
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 24)])
 def test_orthogonalize_keeps_directions_and_evens_out_lengths(shape):
     x = torch.randn(shape)

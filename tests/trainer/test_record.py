@@ -1,6 +1,7 @@
 """What a run says about itself: speeds, shares, expert load, lines that are taken back."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,11 +76,42 @@ def test_a_resumed_run_goes_on_with_the_lines_and_the_clock(make, tmp_path):
 def test_expert_load_adds_up_and_starts_anew(make):
     record, *_ = make(num_experts=4)
     record.model(torch.randint(100, (2, 50)))
-    load = expert_load(record.model)
+    load = expert_load(record.model, record.run.ranks)
     assert sum(load[f"expert_load/{e}"] for e in range(4)) == pytest.approx(1, abs=1e-3)
     assert load["expert_load/max"] >= max(load[f"expert_load/{e}"] for e in range(4))
     counts = [layer.mlp.tokens_per_expert for layer in record.model.model.layers]
     assert all(int(count.sum()) == 0 for count in counts)
     record.model.eval()(torch.randint(100, (2, 50)))
     assert all(int(count.sum()) == 0 for count in counts)
-    assert expert_load(make()[0].model) == {}
+    record, *_ = make()
+    assert expert_load(record.model, record.run.ranks) == {}
+
+
+def test_expert_load_is_that_of_all_ranks(make):
+    """Another rank, whose tokens all went to the last expert: as many as ours in each layer."""
+    record, *_ = make(num_experts=4)
+    record.model(torch.randint(100, (2, 50)))
+    ours = torch.stack([layer.mlp.tokens_per_expert for layer in record.model.model.layers]).double()
+    theirs = torch.zeros_like(ours)
+    theirs[:, 3] = ours.sum(-1)
+    load = expert_load(record.model, SimpleNamespace(sum_tensor=lambda x: x + theirs))
+    expected = ((ours + theirs) / (ours + theirs).sum(-1, keepdim=True)).mean(0)
+    assert [load[f"expert_load/{e}"] for e in range(4)] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_process_that_is_killed_while_it_takes_lines_back_loses_none(make, tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n, "targets": n, "seconds": 10.0 * n}) + "\n" for n in (1, 2, 3)))
+    write_text = Path.write_text
+
+    def killed(path, text, **options):
+        write_text(path, text[:10], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        make(first=2, targets=2)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    make(first=2, targets=2)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".metrics")]
