@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dataset import clean_corpus, near_duplicates, processes
+from dataset import clean_corpus, clean_ray, near_duplicates, processes
 from dataset.clean_corpus import CleanOptions, clean
 from dataset.jsonl import read_rows
 from dataset.prepare_data import ROOT, main
+from tests.dataset import fake_ray
 
 WORDS = "river stone morning letter garden window yellow quiet summer bridge market forest candle silver harbor mirror".split()
 
@@ -203,6 +204,18 @@ def test_without_ray_the_message_says_what_to_install(corpus, tmp_path, monkeypa
     with pytest.raises(SystemExit, match=r"pip install 'ray\[data\]'"):
         run("clean", corpus[0][0], "--out", tmp_path / "o.jsonl", "--engine", "ray")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "o"))] == []
+
+
+@pytest.mark.parametrize("options", [[], ["--exact", "no"], ["--threshold", "0"], ["--min_chars", "10000"]])
+def test_what_meets_on_a_cluster_is_judged_as_on_one_machine(corpus, tmp_path, monkeypatch, options):
+    fake_ray.install(monkeypatch)
+    monkeypatch.setattr(clean_ray, "ROWS_PER_SHARD", 10)
+    monkeypatch.setattr(clean_corpus, "BLOCK_CHARS", 2000)
+    argv = ["clean", *corpus[0], "--eval", tmp_path / "eval.jsonl", "--num_proc", "1", *options]
+    for engine in ("local", "ray"):
+        run(*argv, "--engine", engine, "--out", tmp_path / f"{engine}.jsonl", "--rejected", tmp_path / f"{engine}_rejected.jsonl")
+    for name in ("", "_rejected"):
+        assert Path(tmp_path, f"ray{name}.jsonl").read_bytes() == Path(tmp_path, f"local{name}.jsonl").read_bytes()
 
 
 def test_a_cluster_keeps_the_same_rows(corpus, tmp_path):
