@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import importlib.util
+import os
 import sys
 import traceback
 import types
@@ -10,6 +12,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 from model.model_minimind import PRESETS
+from trainer.sharding import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,6 +86,13 @@ def check_share(args, *names):
     for name in names:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
+
+
+def check_installed(flag, package, wanted=None):
+    """ValueError unless the package that the flag needs is there; wanted: what to give pip. Imports nothing."""
+    known = sys.modules.get(package) if package in sys.modules else importlib.util.find_spec(package)
+    if known is None:
+        raise ValueError(f"{flag} needs a package that is not installed: python -m pip install {wanted or package}")
 
 
 def command(main):
@@ -188,13 +198,32 @@ class TrainArgs:
             raise ValueError("--overwrite begins anew and --from_resume goes on: choose one")
         if self.use_wandb and self.tracker not in ("none", "wandb"):
             raise ValueError(f"--use_wandb is --tracker wandb, but --tracker {self.tracker} is given too: choose one")
-        if {"wandb_project", "wandb_run_name"} & self.given and not self.use_wandb and self.tracker == "none":
-            raise ValueError("--wandb_project and --wandb_run_name name a tracker's run: add --use_wandb or --tracker")
-        if self.deepspeed and self.optimizer != "adamw":
-            raise ValueError(f"--deepspeed shards AdamW's states, not --optimizer {self.optimizer}'s: leave one of them out")
-        if self.deepspeed and self.dtype == "float16":
-            raise ValueError("--deepspeed works with --dtype bfloat16 or float32 here: choose one of them")
+        self.check_tracker()
+        if self.deepspeed:
+            self.check_deepspeed()
         if self.dropout == 1:
             raise ValueError("--dropout 1 leaves nothing: give less than 1")
         if self.use_moe and "moe" in self.preset:
             raise ValueError(f"--use_moe with --preset {self.preset}, which is one already: leave one of them out")
+
+    def check_tracker(self):
+        """ValueError for a tracker that is not installed, and for flags that the chosen one does not use."""
+        tracker, names = "wandb" if self.use_wandb else self.tracker, sorted({"wandb_project", "wandb_run_name"} & self.given)
+        if names and tracker in ("none", "tensorboard"):
+            flags = " and ".join(f"--{name}" for name in names)
+            raise ValueError(f"{flags} with --tracker {tracker}: only wandb and swanlab use that; leave it out, or choose one "
+                             "of them")
+        if tracker != "none" and os.environ.get("RANK", "0") == "0":  # the others do not report
+            check_installed(f"--tracker {tracker}", tracker)
+
+    def check_deepspeed(self):
+        """ValueError for a file that cannot be used, and for what DeepSpeed cannot do here."""
+        if self.optimizer != "adamw":
+            raise ValueError(f"--deepspeed shards AdamW's states, not --optimizer {self.optimizer}'s: leave one of them out")
+        if self.dtype == "float16":
+            raise ValueError("--deepspeed works with --dtype bfloat16 or float32 here: choose one of them")
+        stage = read_config(self)["zero_optimization"]["stage"]
+        if self.use_compile and stage == 3:
+            raise ValueError(f"--use_compile with ZeRO stage 3 ({self.deepspeed}), which takes the parameters away from compiled "
+                             "code: leave --use_compile out, or take stage 1 or 2")
+        check_installed("--deepspeed", "deepspeed", "deepspeed==0.19.8")

@@ -176,12 +176,8 @@ def memory_advice(config, model, args, device, dtype, *, zero_stage=0, world_siz
     sentence names flags under which it will. The numbers are of one device out of `world_size`.
     """
     params, free = model.num_parameters(), free_memory(device)
-
-    def needs(batch_size, checkpointing, length):
-        return memory_bytes(config, params, batch_size * length, dtype, gradient_checkpointing=checkpointing,
-                            optimizer=args.optimizer, zero_stage=zero_stage, world_size=world_size,
-                            offload_optimizer=offload_optimizer)
-
+    needs = step_needs(config, params, args, dtype, zero_stage=zero_stage, world_size=world_size,
+                       offload_optimizer=offload_optimizer)
     needed = needs(args.batch_size, args.gradient_checkpointing, args.max_seq_len)
     if free is None:
         return needed, None, f"a step needs about {needed / 1e9:.1f} GB of memory"
@@ -192,8 +188,29 @@ def memory_advice(config, model, args, device, dtype, *, zero_stage=0, world_siz
                           + way_out(args, needs, MARGIN * room))
 
 
-def way_out(args, needs, room):
-    """What to change so that a step fits into `room` bytes, cheapest first; needs(batch_size, checkpointing, length): bytes."""
+def step_needs(config, params, args, dtype, **sharing):
+    """needs(batch_size, checkpointing, length): bytes of a step on one device with these in place of what `args` says."""
+    def needs(batch_size, checkpointing, length):
+        return memory_bytes(config, params, batch_size * length, dtype, gradient_checkpointing=checkpointing,
+                            optimizer=args.optimizer, **sharing)
+    return needs
+
+
+def way_out_of_failure(args, needs, room, is_saved):
+    """What to change after a step did not fit, whatever the estimate said: the next choice that takes less than it.
+
+    room: bytes there were for it, by the estimate, or None. is_saved: whether there is a checkpoint to go on from.
+    """
+    less = needs(args.batch_size, args.gradient_checkpointing, args.max_seq_len) - 1
+    return way_out(args, needs, less if room is None else min(less, MARGIN * room), is_saved)
+
+
+def way_out(args, needs, room, is_saved=False):
+    """What to change so that a step fits into `room` bytes, cheapest first; needs(batch_size, checkpointing, length): bytes.
+
+    is_saved: there is a checkpoint, with which another length or shape cannot go on.
+    """
+    resume, anew = (" --from_resume", ", in a new run under another --save_weight") if is_saved else ("", "")
     rows = args.batch_size * args.accumulation_steps
     sizes = [size for size in range(args.batch_size, 0, -1) if rows % size == 0]  # the same rows in a step
     for checkpointing in (True,) if args.gradient_checkpointing else (False, True):
@@ -201,15 +218,16 @@ def way_out(args, needs, room):
         for size in sizes:
             needed = needs(size, checkpointing, args.max_seq_len)
             if needed <= room:
-                return (f"--batch_size {size} --accumulation_steps {rows // size}{flag} gives the same update in "
+                return (f"--batch_size {size} --accumulation_steps {rows // size}{flag}{resume} gives the same update in "
                         f"{needed / 1e9:.1f} GB")
     length = args.max_seq_len // 2
     while length >= SHORTEST and needs(1, True, length) > room:
         length //= 2
     if length >= SHORTEST:
         return (f"not even one row at a time fits; --batch_size 1 --accumulation_steps {rows} --gradient_checkpointing "
-                f"--max_seq_len {length} does, in {needs(1, True, length) / 1e9:.1f} GB")
-    return "the weights and their optimizer are too large: choose a smaller --preset, or share them among GPUs with --deepspeed"
+                f"--max_seq_len {length} does, in {needs(1, True, length) / 1e9:.1f} GB{anew}")
+    return ("the weights and their optimizer are too large: share them among GPUs with --deepspeed"
+            f"{resume}, or choose a smaller --preset{anew}")
 
 
 @dataclass

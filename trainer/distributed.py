@@ -32,8 +32,11 @@ class Ranks:
         self.is_first = self.rank == 0
         self.store, self.in_torchruns_store = None, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
-    def start(self, device):
-        """Join the group: nccl between GPUs, gloo between CPUs. TimeoutError if somebody does not come."""
+    def start(self, device, also_alone=False):
+        """Join the group: nccl between GPUs, gloo between CPUs. TimeoutError if somebody does not come.
+
+        also_alone: a process by itself becomes a group of one; DeepSpeed wants to be told.
+        """
         self.device = device
         if dist.is_initialized():
             return
@@ -41,8 +44,9 @@ class Ranks:
             self.store = next(rendezvous("env://", timeout=PATIENCE))[0]
             while isinstance(self.store, dist.PrefixStore):  # older PyTorch puts the agent's own count of restarts there
                 self.store = self.store.underlying_store
-        if self.world_size > 1:
-            store = dist.PrefixStore(agree_on_group(self.store, self.rank, self.world_size), self.store)
+        if self.world_size > 1 or also_alone:
+            store = self.store or dist.HashStore()
+            store = dist.PrefixStore(agree_on_group(store, self.rank, self.world_size), store)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=self.rank,
                                     world_size=self.world_size)
 
@@ -99,7 +103,7 @@ class Ranks:
 
     def close(self):
         """Leave the group."""
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.costs import memory_advice
+from trainer.costs import memory_advice, step_needs, way_out, way_out_of_failure
 from trainer.distributed import Ranks
 from trainer.guard import NonFiniteGuard
 from trainer.sharding import Sharded, read_config
@@ -53,6 +53,7 @@ class Run(Compute):
     def __init__(self, args):
         super().__init__(args)
         self.args, self.engine, self.net = args, None, None
+        self.estimate = None  # (what a step needs under which choices, what there is for it): see memory_advice
         self.saved = None  # updates done in the newest checkpoint of this run, if there is one
         # float16 has no range for small gradients: they are scaled up before backward and down again before the step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -64,16 +65,16 @@ class Run(Compute):
             torch.use_deterministic_algorithms(True)
 
     def __enter__(self):
-        self.ranks.start(self.device)
+        self.ranks.start(self.device, also_alone=bool(self.args.deepspeed))
         return self
 
     def __exit__(self, kind, error, trace):
         if error is None:
             self.ranks.close()  # after an error the others may wait in the middle of something: the launcher ends them
         if is_out_of_memory(error):
-            raise MemoryError(f"out of memory on {self.device}: {str(error).splitlines()[0]} Halve --batch_size and double "
-                              "--accumulation_steps (the same update), or use --gradient_checkpointing, a smaller "
-                              "--max_seq_len or a smaller --preset; the last checkpoint is intact: --from_resume") from error
+            saved = f" Step {self.saved} is saved." if self.saved else ""
+            raise MemoryError(f"out of memory on {self.device}: {str(error).splitlines()[0]}{saved} Way out: "
+                              f"{self.way_out_of_memory()}") from error
 
     def __str__(self):
         ranks = f"{self.ranks.world_size} ranks of " if self.ranks.world_size > 1 else ""
@@ -91,8 +92,17 @@ class Run(Compute):
     def memory_advice(self, model):
         """What a step will need of the device's memory, and what to change if that is not there: a sentence."""
         zero = read_config(self.args)["zero_optimization"] if self.args.deepspeed else {}
-        return memory_advice(model.config, model, self.args, self.device, self.dtype, zero_stage=zero.get("stage", 0),
-                             world_size=self.ranks.world_size, offload_optimizer="offload_optimizer" in zero)[2]
+        sharing = {"zero_stage": zero.get("stage", 0), "world_size": self.ranks.world_size,
+                   "offload_optimizer": "offload_optimizer" in zero}
+        _, room, advice = memory_advice(model.config, model, self.args, self.device, self.dtype, **sharing)
+        self.estimate = step_needs(model.config, model.num_parameters(), self.args, self.dtype, **sharing), room
+        return advice
+
+    def way_out_of_memory(self):
+        """What to change after memory ran out: by the estimate, if it was made before that."""
+        if self.estimate is None:  # not even the weights are there
+            return way_out(self.args, lambda *choice: 1, 0)
+        return way_out_of_failure(self.args, *self.estimate, self.saved is not None)
 
     def wrap(self, model, optimizer=None):
         """The module to call in the loop; `model` itself stays the raw one, for saving and validation."""

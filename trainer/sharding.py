@@ -5,6 +5,7 @@ one saves, whole tensors under their names: so it can be resumed with another st
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -41,15 +42,14 @@ def read_config(args):
 class Sharded:
     """A DeepSpeed engine around `net` and its AdamW `optimizer`; `model` is the network inside, `run` the process's Run.
 
-    ImportError without DeepSpeed; ValueError for flags that it cannot serve.
+    TrainArgs.check has made sure that DeepSpeed is there and that the flags are what it can serve.
     """
 
     def __init__(self, net, model, optimizer, run):
+        import deepspeed
+
         config = read_config(run.args)
-        try:
-            import deepspeed
-        except ImportError as error:
-            raise ImportError("--deepspeed needs DeepSpeed: pip install deepspeed==0.19.8") from error
+        os.environ.setdefault("LOCAL_RANK", "0")  # a process that nobody launched lacks it, and DeepSpeed asks for it by name
         self.model, self.stage = model, config["zero_optimization"]["stage"]
         self.grouped = [list(group["params"]) for group in optimizer.param_groups]  # before they become flat
         self.hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -1,11 +1,12 @@
 """Command lines: types, switches, and contradictions that must end the program before any work is done."""
 
 import json
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from trainer.arguments import TrainArgs, arg, command, parse_args
+from trainer.arguments import ROOT, TrainArgs, arg, command, parse_args
 from trainer.train_full_sft import SFTArgs
 from trainer.train_pretrain import PretrainArgs
 
@@ -46,11 +47,43 @@ def test_switches_take_nothing_or_a_word(written, expected):
     (PretrainArgs, ["--val_path", "a", "--val_share", "0.1"], "two ways"),
     (PretrainArgs, ["--preset", "huge"], "invalid choice: 'huge'"),
     (PretrainArgs, ["--dtype", "int8"], "invalid choice"),
+    (PretrainArgs, ["--tracker", "tensorboard", "--wandb_project", "X", "--wandb_run_name", "Y"],
+     "--wandb_project and --wandb_run_name with --tracker tensorboard: only wandb and swanlab use that"),
+    (PretrainArgs, ["--wandb_run_name", "Y"], "--wandb_run_name with --tracker none: only wandb and swanlab use that"),
+    (PretrainArgs, ["--deepspeed", "nowhere.json"], "nowhere.json: no such file; trainer/ds_zero2.json is one"),
+    (PretrainArgs, ["--deepspeed", str(ROOT / "trainer" / "ds_zero3.json"), "--use_compile"], "--use_compile with ZeRO stage 3"),
+    (PretrainArgs, ["--deepspeed", str(ROOT / "trainer" / "ds_zero2.json"), "--optimizer", "muon"], "not --optimizer muon's"),
     (SFTArgs, ["--system_prompt_share", "2"], "--system_prompt_share 2.0: give a share")])
 def test_mistakes_end_the_program_and_name_the_flag(cls, written, message, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(cls, written)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}', "leave train_batch_size out, --batch_size says that"),
+    ('{"zero_optimization": {"stage": 7}}', "stage is 7; give 1, 2 or 3"), ("{", "ds.json:1: not JSON")])
+def test_a_deepspeed_file_is_read_with_the_flags(text, message, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(PretrainArgs, ["--deepspeed", str(tmp_path / "ds.json")])
+    assert message in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named_with_the_flags(monkeypatch, capsys):
+    zero = str(ROOT / "trainer" / "ds_zero2.json")
+    for written, flag, package in ((["--tracker", "swanlab"], "--tracker swanlab", "swanlab"),
+                                   (["--tracker", "tensorboard"], "--tracker tensorboard", "tensorboard"),
+                                   (["--use_wandb"], "--tracker wandb", "wandb"),
+                                   (["--deepspeed", zero], "--deepspeed", "deepspeed==0.19.8")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setitem(sys.modules, package.split("==")[0], None)
+            parse_args(PretrainArgs, written)
+        message = f"{flag} needs a package that is not installed: python -m pip install {package}\n"
+        assert capsys.readouterr().err.endswith(message)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    parse_args(PretrainArgs, ["--use_wandb"])  # it does not report
 
 
 def test_help_shows_defaults_but_no_path_of_this_machine(capsys):

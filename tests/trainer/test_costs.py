@@ -143,7 +143,7 @@ def test_advice_names_flags_that_fit(monkeypatch):
     assert "--accumulation_steps 24 --gradient_checkpointing --max_seq_len 256 does" in text
     needed, room, _ = advice(monkeypatch, 0.06e9, **changes | {"max_seq_len": 256})
     assert needed < 0.9 * room
-    assert "choose a smaller --preset, or share them among GPUs with --deepspeed" in advice(monkeypatch, 1e6)[2]
+    assert "share them among GPUs with --deepspeed, or choose a smaller --preset" in advice(monkeypatch, 1e6)[2]
 
 
 def test_free_memory_is_less_than_the_machine_has():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 from datetime import timedelta
 
 import pytest
@@ -156,15 +157,17 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(config, flags, tmp_pa
     assert sorted(path.name for path in (folder / "bad_steps").iterdir()) == ["step-5-rank-0.jsonl", "step-5-rank-1.jsonl"]
 
 
-def test_flags_that_ranks_cannot_serve_are_refused(flags, tmp_path):
-    with pytest.raises(ValueError, match=r"ds.json: no such file; trainer/ds_zero2.json is one"):
-        MAIN["pretrain"](flags(deepspeed=tmp_path / "ds.json"))
-    for text, message in (
-            ('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}', "leave train_batch_size out, --batch_size says that"),
-            ('{"zero_optimization": {"stage": 7}}', "stage is 7; give 1, 2 or 3"), ("{", "ds.json:1: not JSON")):
-        (tmp_path / "ds.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            MAIN["pretrain"](flags(deepspeed=tmp_path / "ds.json"))
+@needs_deepspeed
+def test_a_process_that_nobody_launched_is_a_group_of_one(flags, tmp_path):
+    """And learns what it learns without DeepSpeed."""
+    options = dict(max_steps=20, epochs=20, max_seq_len=32, save_interval=50, val_interval=10, batch_size=6)
+    MAIN["pretrain"](flags(save_dir=tmp_path / "plain", **options))
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=MAIN["pretrain"], args=(flags(**options, deepspeed="trainer/ds_zero2.json"),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert_close_runs(tmp_path / "plain" / NAMES["pretrain"], tmp_path / "out" / NAMES["pretrain"], 20)
 
 
 def remove(folder):

@@ -263,12 +263,49 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(flags, tmp_pat
         train_pretrain.main([*flags(), "--from_resume"])
 
 
-def test_out_of_memory_ends_with_advice(flags, monkeypatch):
-    def full(run, loss):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def test_out_of_memory_ends_with_advice_that_can_be_followed(flags, tmp_path, monkeypatch):
+    """Whatever the estimate said: less at a time, then recomputation; --from_resume where something is saved, and nothing
+    next to it that it would refuse."""
+    full_at = 0
 
-    monkeypatch.setattr(train_pretrain.Run, "backward", full)
-    with pytest.raises(MemoryError, match=r"out of memory on cpu: CUDA out of memory.*Halve --batch_size and double --accum"):
+    def full(run, step):
+        if step == full_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train_pretrain.Run, "seed", full)
+    before = "out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB."
+
+    def advice(**changes):
+        with pytest.raises(MemoryError) as error:
+            train_pretrain.main([*flags(**{"max_seq_len": 256, "epochs": 9, **changes}), *resume])
+        assert str(error.value).startswith(before)
+        return str(error.value).removeprefix(before)
+
+    resume = []
+    assert advice(batch_size=4).startswith(" Way out: --batch_size 2 --accumulation_steps 2 gives the same update in ")
+    assert advice(batch_size=1, accumulation_steps=4).startswith(
+        " Way out: --batch_size 1 --accumulation_steps 4 --gradient_checkpointing gives the same update")
+    least = dict(batch_size=1, accumulation_steps=4, gradient_checkpointing=1)
+    text = advice(**least)
+    assert "not even one row at a time fits" in text and "--gradient_checkpointing --max_seq_len 128 does" in text
+    assert "from_resume" not in text and "is saved" not in text
+
+    full_at = 5
+    assert advice(batch_size=4).startswith(" Step 4 is saved. Way out: --batch_size 2 --accumulation_steps 2 --from_resume gives")
+    resume = ["--from_resume"]
+    text = advice(**least)
+    assert "--max_seq_len 128 does" in text and text.endswith(", in a new run under another --save_weight")
+    assert "--from_resume" not in text
+    full_at = None
+    train_pretrain.main([*flags(max_seq_len=256, epochs=9, batch_size=2, accumulation_steps=2), *resume])
+
+
+def test_out_of_memory_before_the_weights_are_there(flags, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_pretrain, "load_model", full)
+    with pytest.raises(MemoryError, match=r"the weights and their optimizer are too large: share them .* smaller --preset$"):
         train_pretrain.main(flags())
 
 
