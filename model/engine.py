@@ -92,7 +92,7 @@ class Engine:
     one by one (a GPU; a mixture of experts in bfloat16 only). Raises ValueError for sizes and options that do not fit.
     """
 
-    def __init__(self, model, tokenizer, max_batch_size=8, max_len=None, dtype=None, int8=False, prefill_chunk=512,
+    def __init__(self, model, tokenizer, max_batch_size=8, max_len=None, dtype=None, int8=False, prefill_chunk=256,
                  cuda_graphs=False):
         positions = model.config.max_position_embeddings
         self.max_len = min(MAX_LEN, positions) if max_len is None else max_len

@@ -214,11 +214,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
+    def project(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x, cos, sin, mask=None, doc_lengths=None, past_key_values=None):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # B T H d
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # B T K d
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # B T K d
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))  # B T heads d
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)  # under autocast cos and sin are float32
         if doc_lengths is not None:
             out = self.attend_per_document(q, k, v, doc_lengths)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .model_minimind import Experts
+from .model_minimind import Attention, Experts, SwiGLU
 
 ROWS_HINT = 16  # what the blocked layout is chosen for
 INT8_ROWS = 32  # with more rows (a prompt), arithmetic costs more than reading: then the weights are turned into float32
@@ -50,6 +50,34 @@ class Int8Linear(nn.Module):
         return out.float().view(*x.shape[:-1], -1)
 
 
+class PackedAttention(Attention):
+    """`Attention` with the three projections of its input in one."""
+
+    def __init__(self, attention, linear):
+        nn.Module.__init__(self)
+        self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
+        parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        self.widths = [len(part) for part in parts]
+        self.qkv_proj, self.o_proj = linear(torch.cat(parts)), linear(attention.o_proj.weight)
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+
+    def project(self, x):
+        return self.qkv_proj(x).split(self.widths, dim=-1)
+
+
+class PackedSwiGLU(nn.Module):
+    """`SwiGLU` with gate and up in one."""
+
+    def __init__(self, mlp, linear):
+        super().__init__()
+        self.gate_up_proj = linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        self.down_proj = linear(mlp.down_proj.weight)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
 class PackedExperts(nn.Module):
     """`Experts` with each matrix laid out by itself; experts that no token visits are not touched."""
 
@@ -79,10 +107,10 @@ def for_decoding(model, dtype=torch.float32, int8=False):
             raise ValueError(f"int8 weights make a CPU faster, and this model is on {model.device}: leave int8 out")
         return copy.deepcopy(model).to(dtype).eval()
     twin, linear = copy.deepcopy(model).float().eval(), Int8Linear if int8 else PackedLinear
+    packed = {Attention: PackedAttention, SwiGLU: PackedSwiGLU, Experts: PackedExperts}
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Experts):
-                setattr(parent, name, PackedExperts(child, linear))
-            elif type(child) is nn.Linear and (name != "gate" or not int8):  # a router chooses: it stays exact
-                setattr(parent, name, linear(child.weight))
+            if type(child) in packed:
+                setattr(parent, name, packed[type(child)](child, linear))
+    twin.lm_head = linear(twin.lm_head.weight)
     return twin.requires_grad_(False)
