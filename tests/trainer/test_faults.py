@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, or fed with what is not finite: they end as if nothing had happened, or say why not."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -7,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ import torch
 import torch.distributed as dist
 from ranks import free_port, run_ranks
 
-from trainer import train_full_sft, train_pretrain
+from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import command
+from trainer.checkpoint import Checkpoint
 from trainer.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,9 +57,39 @@ def wait_until(condition, process, seconds=60):
         time.sleep(0.001)
 
 
+def train_until(flags, step, operation, reached):
+    """Train, and stand still when the save of `step` begins its so-many-th operation on the disk, or else a step later."""
+    count, seed, write = itertools.count(), train_pretrain.Run.seed, Checkpoint.write
+
+    def stand_still():
+        reached.touch()
+        time.sleep(3600)
+
+    def watched(action):
+        def act(*given, **options):
+            if threading.current_thread().name == f"save {step}" and next(count) == operation:
+                stand_still()
+            return action(*given, **options)
+        return act
+
+    def named(self, final, building, weights, state, progress):
+        threading.current_thread().name = f"save {progress['step']}"
+        write(self, final, building, weights, state, progress)
+
+    for place, name in ((checkpoint, "sha256"), (checkpoint, "flush"), (os, "link"), (os, "replace"), (Path, "rename"),
+                        (shutil, "rmtree")):
+        setattr(place, name, watched(getattr(place, name)))
+    Checkpoint.write = named
+    train_pretrain.Run.seed = lambda run, number: stand_still() if number > step else seed(run, number)
+    train_pretrain.main(flags)
+
+
 def test_25_kills_at_random_moments_leave_no_trace(flags, spawn, tmp_path):
-    """SIGKILL between and within saves; the run is started again each time and ends bit for bit like the one left alone."""
-    options = dict(max_steps=90, epochs=20, save_interval=1, val_interval=30)
+    """SIGKILL between and within saves; the run is started again each time and ends bit for bit like the one left alone.
+
+    Where it must not get further before it is killed it stands still, so that no machine is too fast.
+    """
+    options = dict(max_steps=60, epochs=20, save_interval=1, val_interval=30)
     train_pretrain.main(flags(save_dir=tmp_path / "whole", **options))
     checkpoints, draw, within_a_save = tmp_path / "out" / NAMES["pretrain"] / "checkpoints", random.Random(0), 0
 
@@ -63,12 +97,13 @@ def test_25_kills_at_random_moments_leave_no_trace(flags, spawn, tmp_path):
         return max((int(path.name.split("-")[1]) for path in checkpoints.glob("step-*")), default=0)
 
     for kill in range(25):
-        process, goal = spawn([*flags(**options), "--from_resume"]), newest() + draw.choice((1, 2, 3))
-        wait_until(lambda goal=goal: newest() >= goal, process)
-        if kill % 2:
-            wait_until(lambda: any(checkpoints.glob(".step-*")), process)
+        goal, reached = min(newest() + draw.choice((1, 2, 3)), 58), tmp_path / f"reached-{kill}"
+        operation = draw.randrange(28) if kill % 2 else None  # of the 28 or so of a save
+        main = partial(train_until, step=goal, operation=operation, reached=reached)
+        process = spawn([*flags(**options), "--from_resume"], main)
+        wait_until(reached.exists if kill % 2 else lambda goal=goal: newest() >= goal, process)
         time.sleep(draw.random() * 0.02)
-        assert process.is_alive(), "the run was over before it was killed often enough"
+        assert process.is_alive()
         process.kill()
         process.join()
         within_a_save += any(checkpoints.glob(".step-*"))
