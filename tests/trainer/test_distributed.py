@@ -99,7 +99,7 @@ def test_ranks_that_are_started_again_agree_although_their_agents_count_differen
     folder = tmp_path / "out" / NAMES["pretrain"]
     whole = (folder / "model.safetensors").read_bytes()
     remove(folder / "checkpoints" / "step-8")
-    for restarts in ((0, 1), (2, 0), (0, 0)):  # the last: both learnt of it from the other
+    for restarts in ((0, 1), (0, 0)):  # both times one of them at least does not know
         assert "going on after step" in run_ranks(2, "pretrain", flags(**options), launcher=(store.port, restarts))
         assert (folder / "model.safetensors").read_bytes() == whole
     new = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)

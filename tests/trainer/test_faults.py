@@ -354,18 +354,22 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(flags, tmp_path):
     options = dict(max_steps=60, epochs=20, save_interval=5, val_interval=60)
     run_ranks(2, "pretrain", flags(save_dir=tmp_path / "whole", **options))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
-              "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "3", "--monitor-interval", "0.1",
-              str(ROOT / "trainer" / "train_pretrain.py"), *flags(**options)]
+              "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1", "--max-restarts", "3",
+              "--monitor-interval", "0.1", str(ROOT / "trainer" / "train_pretrain.py"), *flags(**options)]
     agents = [subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     folder = tmp_path / "out" / NAMES["pretrain"]
-    end = time.monotonic() + 60
-    while not list((folder / "checkpoints").glob("step-*")) and time.monotonic() < end:
-        time.sleep(0.01)
-    second, = (pid for agent in agents for pid in children(agent.pid)
-               if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(second, signal.SIGKILL)
-    outs = [agent.communicate(timeout=120)[0] for agent in agents]
+    try:
+        end = time.monotonic() + 120
+        while not list((folder / "checkpoints").glob("step-*")) and time.monotonic() < end:
+            time.sleep(0.01)
+        second, = (pid for agent in agents for pid in children(agent.pid)
+                   if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(second, signal.SIGKILL)
+        outs = [agent.communicate(timeout=120)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # which ends its ranks; nothing if it has ended
     assert [agent.returncode for agent in agents] == [0, 0], outs
     assert sum("going on after step" in out for out in outs) == 1
     assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
