@@ -1,0 +1,102 @@
+"""What stands between the socket and the endpoints: who may come in, how much they may send, and whether they still listen."""
+
+import asyncio
+import hmac
+from contextlib import asynccontextmanager
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from scripts.openai_api.errors import ApiError, draining
+
+ALWAYS_OPEN = ("/health", "/metrics")  # while the server drains
+
+
+class Gate:
+    """ASGI middleware: refuses what comes without the key or while the server drains, and counts what is being served."""
+
+    def __init__(self, app, state):
+        self.app, self.state = app, state
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            return await refusal.response()(scope, receive, send)
+        self.state.num_active += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.state.num_active -= 1
+
+    def _refusal(self, scope):
+        path = scope["path"]
+        if self.state.is_draining and path not in ALWAYS_OPEN:
+            return draining()
+        if self.state.api_key and (path.startswith("/v1") or path == "/metrics"):
+            sent = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(sent, b"Bearer " + self.state.api_key.encode()):
+                return ApiError(401, "a wrong API key, or none: send the header Authorization: Bearer KEY",
+                                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return None
+
+
+async def read_body(request, limit):
+    """The body's bytes. ApiError 400 unless it is declared as JSON, 413 if it is longer than `limit`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another site may send anything else to a server on this machine
+        raise ApiError(400, f"the content type is {kind or 'not given'}: send JSON, and say so in the header "
+                            "Content-Type: application/json")
+    too_long = ApiError(413, f"the body is longer than {limit:,} bytes, the most that this server takes", code="body_too_large",
+                        headers={"Connection": "close"})
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise too_long
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise too_long
+    except ClientDisconnect as error:
+        raise ApiError(400, "the client left before it had sent its request") from error
+    return bytes(body)
+
+
+@asynccontextmanager
+async def while_connected(receive, generation):
+    """Cancel the generation when the client hangs up, or when this block is left early."""
+    async def watch():
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        generation.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        generation.cancel()
+
+
+class EventStream(Response):
+    """Server-sent events: `parts` is an asynchronous iterator of bytes, which ends early when the client hangs up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, parts, generation):
+        self.parts, self.generation, self.status_code, self.background = parts, generation, 200, None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    def init_headers(self, headers=None):
+        self.body = b""
+        super().init_headers(headers)
+        self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+
+    async def __call__(self, scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with while_connected(receive, self.generation):
+            async for part in self.parts:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,153 @@
+"""A request turned into what an engine needs: prompts, sampling parameters, and how the reply is to be read."""
+
+from dataclasses import dataclass, field
+
+from dataset.chat_format import encode_prompt
+from model.sampling import SamplingParams
+from scripts.openai_api.errors import ApiError
+from scripts.openai_api.grammars import reply_grammar
+from scripts.openai_api.requests import NamedTool, TextFormat
+
+DEFAULT_COMPLETION = 16  # max_tokens of /v1/completions where nothing is said, as the original has it
+COLDEST = 1e-4  # a lower temperature always takes the likeliest token
+
+
+@dataclass
+class Echo:
+    """A prompt that is sent back: its text and tokens, and, once they were computed, the tokens' log-probs."""
+
+    text: str
+    tokens: list[int]
+    top: list | None = None
+
+
+@dataclass
+class Plan:
+    """What to generate: `prompts` (lists of token ids), and SamplingParams for each answer, n for each prompt in turn."""
+
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    n: int
+    wants_log_probs: bool = False
+    in_reasoning: bool = False  # the prompt has opened the think block
+    offers_tools: bool = False
+    trusts_calls: bool = False  # a grammar makes all calls well-formed
+    echoes: list[Echo] = field(default_factory=list)
+
+
+def plan_chat(request, served):
+    """The Plan of a ChatRequest. ApiError 400 for what the model cannot do."""
+    if not served.chats:
+        raise ApiError(400, f"{request.model} was only pretrained: it has no chat template. Use /v1/completions", "model")
+    tools = [] if request.tool_choice == "none" else list(request.tools or [])
+    if isinstance(request.tool_choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
+    thinking = request.thinking()
+    offered = [tool.model_dump(exclude_unset=True) for tool in tools] or None
+    try:
+        prompt = encode_prompt(served.tokenizer, [as_template_has_it(message) for message in request.messages], offered, thinking)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from error
+    check_length(prompt, served)
+    grammar, trusts_calls = choose_grammar(request, tools, thinking, served)
+    limit = request.max_completion_tokens or request.max_tokens or served.max_len
+    log_probs = (request.top_logprobs or 0) if request.logprobs else None
+    params = sampling_params(request, served, limit, log_probs, grammar)
+    return Plan([prompt], params, request.n or 1, log_probs is not None, thinking is True, bool(tools), trusts_calls)
+
+
+def as_template_has_it(message):
+    """A message of the request as `encode_prompt` takes it."""
+    content = message.content if isinstance(message.content, str | None) else "".join(part.text for part in message.content)
+    out = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    if message.role == "assistant":
+        if message.reasoning_content is not None:
+            out["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            out["tool_calls"] = [{"name": call.function.name, "arguments": call.function.arguments}
+                                 for call in message.tool_calls]
+    return out
+
+
+def choose_grammar(request, tools, thinking, served):
+    """(grammar of the reply or None, whether it covers the calls). ApiError 400 for schemas that cannot be followed."""
+    answer = request.response_format or TextFormat(type="text")
+    content = {"json_object": {"type": "object"}, "text": None}.get(answer.type)
+    if answer.type == "json_schema":
+        content = answer.json_schema.schema_
+    must_call = request.tool_choice == "required" or isinstance(request.tool_choice, NamedTool)
+    if content is None and not tools:
+        return None, False
+    functions = [tool.function for tool in tools]
+    parallel = request.parallel_tool_calls is not False and not isinstance(request.tool_choice, NamedTool)
+    loose = [] if must_call else [one.name for one in functions if not one.strict and not can_follow(one, served)]
+    try:
+        grammar = reply_grammar(content, functions, must_call, parallel, thinking, loose)
+        served.grammars.constraint(grammar)
+    except ValueError as error:
+        raise ApiError(400, str(error), "response_format" if content is not None else "tools", "invalid_schema") from error
+    return grammar, bool(tools)
+
+
+def can_follow(function, served):
+    """Whether the schema of a function's arguments can be enforced."""
+    try:
+        served.grammars.constraint(reply_grammar(functions=[function], must_call=True, thinking=False))
+    except ValueError:
+        return False
+    return True
+
+
+def plan_completion(request, served):
+    """The Plan of a CompletionRequest. ApiError 400 for prompts that do not fit."""
+    prompts, echoes = [], []
+    for prompt in request.prompts():
+        if isinstance(prompt, str):
+            own = served.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids = own if own and own[0] in served.special_ids else [served.tokenizer.pad_token_id, *own]
+            echoes.append(Echo(prompt, own))
+        else:
+            ids = list(prompt)
+            check_ids(ids, served)
+            echoes.append(Echo(served.tokenizer.decode(ids), ids))
+        check_length(ids, served)
+        prompts.append(ids)
+    if not prompts:
+        raise ApiError(400, "prompt: an empty list asks for nothing; give at least one prompt", "prompt")
+    limit = DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
+    params = sampling_params(request, served, limit, request.logprobs, None) * len(prompts) if limit else []
+    return Plan(prompts, params, request.n or 1, request.logprobs is not None, echoes=echoes if request.echo else [])
+
+
+def check_ids(ids, served, field="prompt"):
+    """ApiError 400 for token ids that the vocabulary does not have."""
+    size = len(served.tokenizer)
+    wrong = next((token for token in ids if not 0 <= token < size), None)
+    if wrong is not None:
+        raise ApiError(400, f"{field}: there is no token {wrong}: ids go from 0 to {size - 1}", field)
+
+
+def check_length(ids, served):
+    """ApiError 400 unless the prompt leaves room for one token."""
+    if not ids:
+        raise ApiError(400, "prompt: an empty list of tokens cannot be continued; give at least one token", "prompt")
+    if len(ids) >= served.max_len:
+        raise ApiError(400, f"the prompt has {len(ids)} tokens, and this model's context of {served.max_len} holds prompt and "
+                            "answer: shorten it", "messages", "context_length_exceeded")
+
+
+def sampling_params(request, served, max_tokens, log_probs, grammar):
+    """SamplingParams for each of n answers; with a seed they take seed, seed + 1, ..."""
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    given = {name: value for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "ignore_eos",
+                                      "repetition_penalty", "logit_bias") if (value := getattr(request, name)) is not None}
+    check_ids(given.get("logit_bias", ()), served, "logit_bias")
+    if given.get("temperature", 1) < COLDEST:
+        given["temperature"] = 0
+    try:
+        return [SamplingParams(
+            **given, top_k=min(max(request.top_k or 0, 0), len(served.tokenizer)), stop=tuple(stop),
+            max_tokens=min(max_tokens, served.max_len), logprobs=log_probs, seed=None if request.seed is None else request.seed + i,
+            constraint=served.grammars.constraint(grammar) if grammar else None) for i in range(request.n or 1)]
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error

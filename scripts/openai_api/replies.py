@@ -1,0 +1,203 @@
+"""What is sent back: whole replies and the chunks of a stream, built from the pieces that an engine hands over.
+
+A stream costs per token what `json.dumps` of its text costs: everything around it is made once.
+"""
+
+import codecs
+import json
+import time
+import uuid
+
+from dataset.chat_reply import CallArguments, CallStart, Content, Reasoning, ReplyParser, collect
+
+LOWEST = -9999.0  # JSON has no minus infinity
+FINGERPRINT = "minimind"
+DONE = b"data: [DONE]\n\n"
+
+
+def usage(requests, prompt_lengths, reasoning_tokens=None):
+    """The usage of all answers; a prompt with several answers counts once."""
+    completion = sum(len(request.sampled) for request in requests)
+    prompt = sum(prompt_lengths)
+    body = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": min(prompt, sum(request.num_reused for request in requests))}}
+    if reasoning_tokens is not None:
+        body["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return body
+
+
+class Envelope:
+    """What all chunks and the whole reply of one request have in common."""
+
+    def __init__(self, served, kind, with_usage=False):
+        self.with_usage = with_usage
+        prefix = {"chat.completion": "chatcmpl", "text_completion": "cmpl"}[kind]
+        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": served.name,
+                     "system_fingerprint": FINGERPRINT}
+        streamed = {**self.head, "object": kind + (".chunk" if kind == "chat.completion" else "")}
+        self.start = "data: " + json.dumps(streamed)[:-1] + ', "choices": ['
+        self.end = "]" + (', "usage": null' if with_usage else "") + "}\n\n"
+
+    def whole(self, choices, usage):
+        return {**self.head, "choices": choices, "usage": usage}
+
+    def chunk(self, choice):
+        """The bytes of a stream's chunk around one choice (JSON text)."""
+        return f"{self.start}{choice}{self.end}".encode()
+
+    def last_chunk(self, usage):
+        """The chunk without choices that carries the usage."""
+        return f"{self.start}], \"usage\": {json.dumps(usage)}}}\n\n".encode()
+
+
+class ChatChoice:
+    """One answer to a chat request while it comes."""
+
+    def __init__(self, index, plan, served, envelope):
+        self.index, self.served, self.envelope, self.plan = index, served, envelope, plan
+        self.parser = ReplyParser(plan.in_reasoning, plan.offers_tools, plan.trusts_calls)
+        self.events, self.log_probs, self.finish_reason = [], [], None
+        self.reasoning_tokens, self.num_calls, self.is_begun = 0, 0, False
+
+    def take(self, piece):
+        """Take in a Piece; returns the new events."""
+        if piece.token is not None:
+            self.reasoning_tokens += self.parser.in_reasoning
+        if piece.top and piece.token not in self.served.engine.end_ids:
+            self.log_probs.append(self._log_prob(piece.token, *piece.top))
+        events = self.parser.feed(piece.text) if piece.text else []
+        if piece.finish_reason:
+            events += self.parser.finish()
+        self.num_calls += sum(isinstance(event, CallStart) for event in events)
+        if piece.finish_reason:
+            self.finish_reason = "tool_calls" if self.num_calls and piece.finish_reason == "stop" else piece.finish_reason
+        return events
+
+    def _log_prob(self, token, log_prob, best):
+        entry = self._token(token, log_prob)
+        return {**entry, "top_logprobs": [self._token(*one) for one in best]}
+
+    def _token(self, token, log_prob):
+        piece = self.served.engine.pieces[token] or self.served.names[token].encode()
+        return {"token": self.served.names[token], "logprob": max(log_prob, LOWEST), "bytes": list(piece)}
+
+    def chunks(self, piece):
+        """The chunks of a stream that a Piece makes, as bytes."""
+        out = []
+        if not self.is_begun:
+            self.is_begun = True
+            out.append(self._chunk('{"role": "assistant", "content": ""}'))
+        deltas = [self._delta(event) for event in self.take(piece)]
+        deltas = [delta for delta in deltas if delta]
+        if self.log_probs and not deltas:
+            deltas = ['{"content": ""}']
+        for delta in deltas:
+            out.append(self._chunk(delta, self.log_probs))
+            self.log_probs = []
+        if self.finish_reason:
+            out.append(self._chunk("{}", reason=self.finish_reason))
+        return b"".join(out)
+
+    def _chunk(self, delta, log_probs=(), reason=None):
+        shown = json.dumps({"content": log_probs, "refusal": None}) if log_probs else "null"
+        return self.envelope.chunk(f'{{"index": {self.index}, "delta": {delta}, "logprobs": {shown}, '
+                                   f'"finish_reason": {json.dumps(reason)}}}')
+
+    @staticmethod
+    def _delta(event):
+        if isinstance(event, Content):
+            return f'{{"content": {json.dumps(event.text)}}}'
+        if isinstance(event, Reasoning):
+            return f'{{"reasoning_content": {json.dumps(event.text)}}}'
+        if isinstance(event, CallStart):
+            call = {"index": event.index, "id": new_call_id(), "type": "function",
+                    "function": {"name": event.name, "arguments": ""}}
+        elif isinstance(event, CallArguments):
+            call = {"index": event.index, "function": {"arguments": event.text}}
+        else:
+            return None
+        return json.dumps({"tool_calls": [call]})
+
+    def add(self, piece):
+        """Take in a Piece of a reply that is sent as a whole."""
+        self.events += self.take(piece)
+
+    def whole(self):
+        """The finished choice as a dict."""
+        message = {**collect(self.events), "refusal": None}
+        for call in message.get("tool_calls", ()):
+            call["id"] = new_call_id()
+        if "tool_calls" in message and not message["content"]:
+            message["content"] = None
+        log_probs = {"content": self.log_probs, "refusal": None} if self.plan.wants_log_probs else None
+        return {"index": self.index, "message": message, "logprobs": log_probs, "finish_reason": self.finish_reason}
+
+
+def new_call_id():
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+class TextChoice:
+    """One answer to a completion request while it comes. With echo the prompt, and its log-probs, stand before it."""
+
+    def __init__(self, index, plan, served, envelope, echoed=None):
+        self.index, self.served, self.envelope, self.plan = index, served, envelope, plan
+        self.finish_reason, self.text = None, ""
+        self.decoder, self.offset = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+        self.fields = self._no_log_probs()
+        self.to_send = ""
+        if echoed:
+            self.text = self.to_send = echoed.text
+            for token, top in zip(echoed.tokens, echoed.top or ()):
+                self._note(token, top)
+
+    @staticmethod
+    def _no_log_probs():
+        return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def _note(self, token, top):
+        """Add a token with (log-prob, [(alternative, log-prob)]), None where it has none: nothing stands before it."""
+        spelled = self._spell(token)
+        log_prob = shown = None
+        if top is not None:
+            log_prob = max(top[0], LOWEST)
+            shown = {self._spell(other): max(p, LOWEST) for other, p in top[1]} | {spelled: log_prob}
+        self.fields["tokens"].append(spelled)
+        self.fields["token_logprobs"].append(log_prob)
+        self.fields["top_logprobs"].append(shown)
+        self.fields["text_offset"].append(self.offset)
+        self.offset += len(self.decoder.decode(self.served.engine.pieces[token]))
+
+    def _spell(self, token):
+        """A token as text, `bytes:\\x..` for a part of a character: other than the text, these are never alike."""
+        piece = self.served.engine.pieces[token]
+        try:
+            return piece.decode() if piece else self.served.names[token]
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    def add(self, piece):
+        self.text += piece.text
+        self.to_send += piece.text
+        if piece.top and piece.token not in self.served.engine.end_ids:
+            self._note(piece.token, piece.top)
+        self.finish_reason = piece.finish_reason
+
+    def chunks(self, piece):
+        """The chunk of a stream that a Piece makes, as bytes; none where there is nothing to say yet."""
+        self.add(piece)
+        return self.flush() if self.to_send or self.fields["tokens"] or self.finish_reason else b""
+
+    def flush(self):
+        """The chunk of all that was not sent yet."""
+        choice = json.dumps(self._choice(self.to_send))
+        self.to_send, self.fields = "", self._no_log_probs()
+        return self.envelope.chunk(choice)
+
+    def _choice(self, text):
+        log_probs = self.fields if self.plan.wants_log_probs else None
+        return {"text": text, "index": self.index, "logprobs": log_probs, "finish_reason": self.finish_reason}
+
+    def whole(self):
+        """The finished choice as a dict."""
+        return self._choice(self.text)
