@@ -10,6 +10,7 @@ writes cannot fuse with it. `apply_chat_template` fuses the two.
 
 import json
 import re
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 ROLES = ("system", "user", "assistant", "tool")
+RENDERING = threading.Lock()  # the compiled template is shared, and holds the spans of the one conversation it renders
 THINK = re.compile(r"<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 
@@ -133,13 +135,14 @@ def _render(tokenizer, messages: list[dict], tools: list | str | None, **options
             return {hide(key): hide(item) for key, item in value.items()}
         return value
 
-    rendered, spans = render_jinja_template(
-        conversations=[hide(messages)],
-        tools=hide(tools),
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **options,
-    )
+    with RENDERING:
+        rendered, spans = render_jinja_template(
+            conversations=[hide(messages)],
+            tools=hide(tools),
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **options,
+        )
     plain = plain_encoder(tokenizer)
 
     def encode(piece: str) -> list[int]:

@@ -1,4 +1,6 @@
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -393,3 +395,15 @@ def test_real_conversations_encode_and_agree_with_apply_chat_template(tokenizer)
             assert len(trained_spans(tokenizer, ids, is_target)) == sum(m["role"] == "assistant" for m in messages)
             checked += 1
     assert checked > 100
+
+
+def test_many_threads_may_encode_at_once(tokenizer):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there " * 50}]
+    expected = encode_conversation(tokenizer, messages)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(one == expected for one in pool.map(lambda _: encode_conversation(tokenizer, messages), range(100)))
+    finally:
+        sys.setswitchinterval(interval)
