@@ -147,7 +147,8 @@ def sampling_params(request, served, max_tokens, log_probs, grammar):
     try:
         return [SamplingParams(
             **given, top_k=min(max(request.top_k or 0, 0), len(served.tokenizer)), stop=tuple(stop),
-            max_tokens=min(max_tokens, served.max_len), logprobs=log_probs, seed=None if request.seed is None else request.seed + i,
+            max_tokens=min(max_tokens, served.max_len), logprobs=log_probs,
+            seed=None if request.seed is None else request.seed + i,
             constraint=served.grammars.constraint(grammar) if grammar else None) for i in range(request.n or 1)]
     except ValueError as error:
         raise ApiError(400, str(error)) from error
