@@ -53,7 +53,8 @@ except ImportError as error:
 GIB = 2**30
 ROWS, LENGTH = 8, 512  # of the micro-batch that is estimated: the defaults of --batch_size and --max_seq_len
 TARGET_SHARE = {"pretrain": 1.0, "sft": 0.6}  # of the tokens; chats are mostly answers
-PIN = re.compile(r'([\w-]+)==([\w.]+)(?:; python_version (>=|<) "3\.(\d+)")?')  # a line of requirements.txt
+# a line of requirements.txt
+PIN = re.compile(r'([\w-]+)==([\w.]+)(?:; python_version (>=|<) "3\.(\d+)")?(?:; sys_platform != "(\w+)")?')
 
 
 @dataclass
@@ -77,8 +78,8 @@ def packages(problems):
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith(("#", "-")):
             continue
-        name, pinned, relation, minor = PIN.fullmatch(line.strip()).groups()
-        if relation and (sys.version_info >= (3, int(minor))) != (relation == ">="):
+        name, pinned, relation, minor, not_on = PIN.fullmatch(line.strip()).groups()
+        if (relation and (sys.version_info >= (3, int(minor))) != (relation == ">=")) or not_on == sys.platform:
             continue
         try:
             found[name] = metadata.version(name)
