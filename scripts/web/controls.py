@@ -1,0 +1,81 @@
+"""Controls that the pages share: which checkpoint, and how it is to answer."""
+
+import streamlit as st
+
+from dataset.toy_tools import SCHEMAS
+from scripts.web import engines
+from scripts.web.conversation import Settings
+from scripts.web.state import t
+from trainer.run_folders import find_checkpoints
+
+DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "max_tokens": 512, "seed": None, "thinking": "auto", "tools": [],
+            "system": ""}
+THINKING = {"auto": None, "on": True, "off": False}
+
+
+def checkpoints_or_stop(args):
+    """{name: RunFolder} of all checkpoints; where there are none, the page says how to make one and ends."""
+    runs = {run.name: run for run in find_checkpoints(args.save_dir)}
+    if not runs:
+        st.info(t("no_checkpoints", save_dir=args.save_dir), icon=":material/model_training:")
+        st.code("bash scripts/quickstart.sh", language="bash")
+        st.stop()
+    return runs
+
+
+def pick_checkpoint(runs, key, label, args, default=0):
+    """A select box over the checkpoints; returns (RunFolder, base folder of an adapter or None)."""
+    names = list(runs)
+    if st.session_state.get(key) not in runs:
+        st.session_state[key] = names[min(default, len(names) - 1)]
+    labels = {name: caption(run) for name, run in runs.items()}
+    name = st.selectbox(label, names, key=key, format_func=labels.get, help=t("checkpoint_help", save_dir=args.save_dir))
+    run = runs[name]
+    if run.kind == "model" or run.base:
+        return run, run.base
+    models = [name for name, other in runs.items() if other.kind == "model"]
+    base = st.selectbox(t("base"), models, key=f"{key}_base")
+    return run, runs[base].path if base else None
+
+
+def choose(key, options):
+    """A row of buttons, one of which is pressed; key and options are names of texts."""
+    labels = {option: t(option) for option in options}
+    st.segmented_control(t(key), list(labels), key=key, format_func=labels.get, required=True, width="stretch")
+
+
+def caption(run):
+    """How a checkpoint is called in a list."""
+    if run.kind == "adapter":
+        return t("is_adapter", name=run.name)
+    return run.name if run.chats else t("is_completion", name=run.name)
+
+
+def load_or_stop(run, base, args):
+    """The Loaded checkpoint; where it cannot be read, the page says why and ends."""
+    try:
+        with st.spinner(t("loading")):
+            if run.kind == "adapter" and base is None:
+                raise ValueError(t("no_base"))
+            return engines.get(run, base, args)
+    except (ValueError, OSError) as error:
+        st.error(t("cannot_load", name=run.name, error=error), icon=":material/error:")
+        st.stop()
+
+
+def answer_settings():
+    """The controls of an answer; returns Settings."""
+    for key, value in DEFAULTS.items():
+        st.session_state.setdefault(key, value)
+    choose("thinking", THINKING)
+    st.multiselect(t("tools"), list(SCHEMAS), key="tools", placeholder=t("tools_none"), help=t("tools_help"))
+    st.text_area(t("system"), key="system", height=80)
+    with st.expander(t("sampling"), icon=":material/tune:"):
+        st.slider(t("temperature"), 0.0, 2.0, step=0.05, key="temperature", help=t("temperature_help"))
+        st.slider(t("top_p"), 0.05, 1.0, step=0.05, key="top_p", help=t("top_p_help"))
+        st.number_input(t("top_k"), 0, 1000, step=10, key="top_k", help=t("top_k_help"))
+        st.number_input(t("max_tokens"), 1, 4096, step=64, key="max_tokens")
+        st.number_input(t("seed"), 0, 2**31, step=1, key="seed", placeholder=t("random"), help=t("seed_help"))
+    state = st.session_state
+    return Settings(state.temperature, state.top_p, state.top_k, state.max_tokens, state.seed, THINKING[state.thinking],
+                    tuple(state.tools), state.system.strip())

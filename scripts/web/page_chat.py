@@ -1,0 +1,69 @@
+"""The page on which one talks to a checkpoint."""
+
+import streamlit as st
+
+from scripts.web import controls, drawing, state
+from scripts.web.conversation import Conversation
+from scripts.web.state import t
+from scripts.web.text import EXAMPLES
+
+
+def show(args):
+    """Draw the page; ends when the answer does."""
+    talk = state.remembered("chat", Conversation)
+    with st.sidebar:
+        runs = controls.checkpoints_or_stop(args)
+        run, base = controls.pick_checkpoint(runs, "picked", t("checkpoint"), args)
+        settings = controls.answer_settings()
+        st.button(t("new_chat"), icon=":material/add_comment:", width="stretch", on_click=start_again)
+    loaded = controls.load_or_stop(run, base, args)
+    with st.bottom:
+        stop_place = st.empty()
+        text = st.chat_input(t("message"), key="message") or st.session_state.pop("asked", None)
+    if text:
+        talk.ask(loaded, text, settings)
+    if st.session_state.pop("again", False) and talk.turns:
+        talk.regenerate(loaded, settings)
+    if not talk.turns:
+        welcome(run, loaded)
+        return
+    for turn in talk.turns:
+        drawing.show_question(turn.text)
+        view = drawing.show_turn(turn)
+    if talk.is_running:
+        stop_place.button(t("stop"), icon=":material/stop_circle:", key="stop", on_click=talk.stop)
+        drawing.follow(view)
+        st.rerun()
+    st.button(t("regenerate"), icon=":material/refresh:", key="regenerate", on_click=ask_again)
+
+
+def start_again():
+    """Forget the conversation."""
+    state.remembered("chat", Conversation).stop()
+    st.session_state.chat = Conversation()
+
+
+def ask_again():
+    """Have the last answer written again by the run of the page that follows."""
+    st.session_state.again = True
+
+
+def ask_example(text, tool):
+    """Have an example asked, with its tool at hand."""
+    st.session_state.asked = text
+    st.session_state.tools = [tool] if tool else []
+
+
+def welcome(run, loaded):
+    """What an empty conversation shows: what this is, and what could be asked."""
+    st.title("MiniMind")
+    st.markdown(t("tagline"))
+    st.caption(controls.caption(run))
+    if not loaded.chats:
+        st.info(t("completes"), icon=":material/edit_note:")
+        return
+    st.subheader(t("try"))
+    with st.container(horizontal=True):
+        for n, (text, tool) in enumerate(EXAMPLES[state.language()]):
+            icon = ":material/build:" if tool else None
+            st.button(text, key=f"example_{n}", icon=icon, on_click=ask_example, args=(text, tool))

@@ -1,0 +1,34 @@
+"""The pages, and what surrounds them."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from scripts.web import page_chat, page_compare, page_curves, state
+from scripts.web.state import t
+from scripts.web.text import LANGUAGES
+
+PAGES = {"chat": (page_chat, ":material/forum:"), "compare": (page_compare, ":material/compare_arrows:"),
+         "curves": (page_curves, ":material/show_chart:")}
+STYLE = """<style>
+[data-testid="stStatusWidget"] {display: none}  /* its Stop would end the drawing, not the answer */
+[data-testid="stMainBlockContainer"] {max-width: 68rem; padding-top: 4.5rem}
+[data-testid="stChatMessage"] {padding: 0.75rem; gap: 0.75rem}
+[data-testid="stChatMessage"] [data-testid="stText"] {font-size: 1rem}
+</style>"""
+
+
+def draw(args):
+    """Draw the page that is asked for."""
+    st.set_page_config(page_title="MiniMind", page_icon=":material/neurology:", layout="wide")
+    st.html(STYLE)
+    st.logo(Path(__file__).with_name("logo.svg"), size="large")
+    state.keep_settings()
+    state.language()
+    pages = [st.Page(lambda module=module: module.show(args), title=t(name), icon=icon, url_path=name, default=name == "chat")
+             for name, (module, icon) in PAGES.items()]
+    page = st.navigation(pages, position="top")
+    with st.sidebar:
+        st.segmented_control(t("language"), list(LANGUAGES), key="language", format_func=LANGUAGES.get, required=True,
+                             width="stretch", label_visibility="collapsed")
+    page.run()
