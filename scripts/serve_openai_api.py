@@ -16,6 +16,7 @@ scripts/chat_api.py is such a client, /docs lists the fields, /metrics is for Pr
   not, unless it is strict: then the arguments are just some JSON object.
 - stop texts are looked for in the raw reply, reasoning and tool calls included; logprobs are those of the bare model, before
   temperature and penalties, for all tokens of the raw reply.
+- Where JSON or a call is enforced, the model thinks before it only if it is asked to.
 - Thinking is switched by chat_template_kwargs: {"enable_thinking": true} or by reasoning_effort, and comes as
   reasoning_content. Extensions: top_k, min_p, repetition_penalty, ignore_eos.
 - A completion's text may hold special tokens (`<|im_start|>`); one that does not begin with one gets <|endoftext|> before it.

@@ -98,7 +98,8 @@ def reply_grammar(content=None, functions=(), must_call=False, parallel=True, th
     """The grammar of a whole reply.
 
     content: JSON schema of the content, None for free text. functions: what may be called; must_call: it has to be.
-    thinking: True: the prompt has opened a think block; False: it has closed it; None: the reply may open one.
+    thinking: True: the prompt has opened a think block; False: the reply may not have one; None: it may open one, unless it
+    must have a form: then it comes without, so that max_tokens is not spent on thoughts nobody asked for.
     """
     rules = [FREE_TEXT, f"content: {json_rule(close(content)) if content is not None else 'TEXT'}"]
     calls = "call" + (rf' ("\n" call){{0,{MOST_CALLS - 1}}}' if parallel else "")
@@ -111,5 +112,7 @@ def reply_grammar(content=None, functions=(), must_call=False, parallel=True, th
     else:
         body = "TEXT (call TEXT)*" if parallel else "TEXT (call)?"
     rules += [f"body: {body}", r"gap: /\n{0,2}/"] + (call_rules(functions, loose) if functions else [])
+    if thinking is None and (must_call or content is not None):
+        thinking = False
     start = {True: "TEXT </think> gap body", False: "body", None: "(<think> TEXT </think> gap)? body"}[thinking]
     return "\n".join([f"start: {start}", *rules])
