@@ -26,6 +26,7 @@ scripts/chat_api.py is such a client, /docs lists the fields, /metrics is for Pr
 import asyncio
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +98,25 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets=None):
         await super().startup(sockets)
-        if self.started:
-            port = self.servers[0].sockets[0].getsockname()[1] if self.servers else self.config.port
-            print(f"listening at http://{self.config.host}:{port}/v1", flush=True)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            print(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+
+
+def open_port(host, port):
+    """A socket that listens. OSError, saying what to change, if there can be none."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port} cannot be opened ({error}): something else may listen there, choose "
+                      "another, or --port 0 for any that is free") from error
 
 
 def main(argv=None):
     args = parse_args(ServeArgs, argv)
     run = Compute(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has taken over: nothing runs yet
+    listener = open_port(args.host, args.port)  # before anything is loaded: it may be taken
     models = load_models(args, run)
     api_key = args.api_key or os.environ.get("MINIMIND_API_KEY", "")
     if args.host not in LOCAL and not api_key:
@@ -113,11 +124,9 @@ def main(argv=None):
     for served in models.values():
         print(f"serving {served.name}: context {served.max_len}, {args.max_batch_size} answers at once, on {run.device}")
     app = build_app(models, api_key, args.max_body_bytes)
-    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_keep_alive=30)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="off")
     server = Server(config, app.state.gate)
-    asyncio.run(server.serve())
-    if not server.started:
-        raise OSError(f"--host {args.host} --port {args.port} cannot be opened: something else may listen there, choose another")
+    asyncio.run(server.serve([listener]))
     for served in models.values():
         served.thread.close(timeout=0 if server.force_exit else None)
 

@@ -11,9 +11,10 @@ from scripts.openai_api.http import Gate
 from scripts.openai_api.metrics import Metrics
 from scripts.openai_api.requests import ChatRequest, CompletionRequest
 
-REFUSALS = {"400": "The request cannot be served as it is; the message says why.", "401": "A wrong API key, or none.",
-            "404": "There is no such model.", "413": "The body is too long.", "429": "The queue is full; see Retry-After.",
-            "500": "The engine has stopped.", "503": "The server is shutting down."}
+REFUSALS = {
+    "400": "The request cannot be served as it is; the message says why.", "401": "A wrong API key, or none.",
+    "404": "There is no such model.", "408": "The body did not come in time.", "413": "The body is too long.",
+    "429": "The queue is full; see Retry-After.", "500": "The engine has stopped.", "503": "The server is shutting down."}
 ERROR = {"type": "object", "required": ["error"], "properties": {"error": {
     "type": "object", "required": ["message", "type", "param", "code"], "properties": {
         "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
@@ -65,7 +66,7 @@ def document(app):
 def describe(operation, path, has_key):
     """Add to one operation its body, the errors that it may answer with, and the key that it asks for."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    statuses = {"400", "413", "429", "500"} if path in BODIES else set()
+    statuses = {"400", "408", "413", "429", "500"} if path in BODIES else set()
     statuses |= {"404"} if path in BODIES or "{" in path else set()
     statuses |= {"503"} | ({"401"} if has_key and path != "/health" else set())
     operation["responses"].pop("422", None)

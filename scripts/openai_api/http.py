@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from scripts.openai_api.errors import ApiError, draining
 
+BODY_SECONDS = 60
 ALWAYS_OPEN = ("/health", "/metrics")  # while the server drains
 
 
@@ -43,7 +44,7 @@ class Gate:
 
 
 async def read_body(request, limit):
-    """The body's bytes. ApiError 400 unless it is declared as JSON, 413 if it is longer than `limit`."""
+    """The body's bytes. ApiError 400 unless it is declared as JSON, 413 if longer than `limit`, 408 if it takes too long."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page of another site may send anything else to a server on this machine
         raise ApiError(400, f"the content type is {kind or 'not given'}: send JSON, and say so in the header "
@@ -53,15 +54,20 @@ async def read_body(request, limit):
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise too_long
-    body = bytearray()
-    try:
+    async def read():
+        body = bytearray()
         async for part in request.stream():
             body += part
             if len(body) > limit:
                 raise too_long
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), BODY_SECONDS)
     except ClientDisconnect as error:
         raise ApiError(400, "the client left before it had sent its request") from error
-    return bytes(body)
+    except asyncio.TimeoutError as error:
+        raise ApiError(408, f"the body did not come within {BODY_SECONDS} seconds", headers={"Connection": "close"}) from error
 
 
 @asynccontextmanager

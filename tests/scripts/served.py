@@ -39,7 +39,7 @@ class Running:
                 tokenizer.chat_template = None
             self.models[name] = ServedModel(name, model, tokenizer, limits, max_len=max_len)
         self.app = build_app(self.models, **options)
-        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning", access_log=False)
+        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning", access_log=False, lifespan="off")
         self.server = Server(config, self.app.state.gate)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()

@@ -266,7 +266,7 @@ def test_models_health_metrics_and_documents(server, client):
     document = httpx.get(f"{server.url}/openapi.json").json()
     assert document["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == ["chat", "base"]
     responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "413", "429", "500", "503"}
+    assert set(responses) == {"200", "400", "404", "408", "413", "429", "500", "503"}
     assert httpx.get(f"{server.url}/docs").status_code == 200
 
 

@@ -76,7 +76,7 @@ def progress(at):
 
 
 class FakeEngine:
-    """Writes these replies, a few characters at a time, and remembers the prompts."""
+    """Writes these replies, a few characters at a time and all before the page looks, and remembers the prompts."""
 
     def __init__(self, *replies, max_len=2048):
         self.replies, self.prompts, self.params, self.engine = list(replies), [], [], SimpleNamespace(max_len=max_len)
@@ -90,7 +90,7 @@ class FakeEngine:
             request.sampled.append(1)
             if start + 5 >= len(reply):
                 request.finish_reason = "stop"
-            on_output(Output(SimpleNamespace(**vars(request)), reply[start : start + 5]))
+            on_output(Output(request, reply[start : start + 5]))
         return request
 
     def cancel(self, request):

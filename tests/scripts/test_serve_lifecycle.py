@@ -1,0 +1,214 @@
+"""Who may come in, how many, what happens when clients leave, and how the server ends."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from scripts.serve_openai_api import ServeArgs, main
+from tests.scripts.served import ROOT, Running, small_network, wait_until
+from tests.scripts.test_serve_bad_requests import refused
+from trainer.arguments import parse_args
+
+HI = [{"role": "user", "content": "hi"}]
+ENDLESS = {"model": "chat", "messages": HI, "ignore_eos": True, "temperature": 0}
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A server with two slots, room for three more, a key and a limit for bodies."""
+    running = Running(max_batch_size=2, max_queue=3, max_len=4000, api_key="secret", max_body_bytes=20_000)
+    yield running
+    running.close()
+
+
+def ask(server, headers=KEY, timeout=60, **change):
+    return httpx.post(f"{server.url}/v1/chat/completions", json={**ENDLESS, **change}, headers=headers, timeout=timeout)
+
+
+def stream(server, **change):
+    """A context manager: an endless stream."""
+    return httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**ENDLESS, "stream": True, **change}, headers=KEY,
+                        timeout=60)
+
+
+def test_the_key(small):
+    assert ask(small, max_tokens=2).status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": b"Bearer \xe4"}):
+        assert refused(ask(small, headers), 401)["code"] == "invalid_api_key"
+        assert httpx.get(f"{small.url}/v1/models", headers=headers).status_code == 401
+        assert httpx.get(f"{small.url}/metrics", headers=headers).status_code == 401
+    assert httpx.get(f"{small.url}/health").status_code == 200
+    assert "401" in httpx.get(f"{small.url}/openapi.json").json()["paths"]["/v1/models"]["get"]["responses"]
+
+
+def test_long_bodies_are_refused_before_they_are_read(small):
+    error = refused(ask(small, messages=[{"role": "user", "content": "x" * 30_000}]), 413)
+    assert "20,000 bytes" in error["message"]
+    parts = (b"x" * 1000 for _ in range(40))  # no length is announced
+    response = httpx.post(f"{small.url}/v1/chat/completions", content=parts, headers=KEY | {"Content-Type": "application/json"})
+    assert response.status_code == 413
+
+
+def test_bodies_that_never_end(small, monkeypatch):
+    monkeypatch.setattr("scripts.openai_api.http.BODY_SECONDS", 0.1)
+    with socket.create_connection(small.url.removeprefix("http://").split(":")) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+                           b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_full_queue_says_when_to_come_back(small):
+    with ThreadPoolExecutor(5) as pool:
+        running = [pool.submit(ask, small, max_tokens=400) for _ in range(5)]
+        wait_until(lambda: small.chat.in_flight == 5)
+        response = ask(small, max_tokens=1)
+        assert refused(response, 429)["code"] == "queue_full" and response.headers["retry-after"] == "1"
+        assert max(small.counts()[0] for _ in range(20)) <= 2
+        assert [one.result().status_code for one in running] == [200] * 5
+    assert ask(small, max_tokens=1).status_code == 200
+    assert "6 answers in one request" in refused(ask(small, n=6))["message"]
+    assert len(ask(small, n=5, max_tokens=2).json()["choices"]) == 5
+
+
+def test_clients_that_leave_a_stream_free_its_slot(small):
+    for _ in range(3):
+        with stream(small, n=2) as response:
+            parts = response.iter_text()
+            for _ in range(3):
+                next(parts)
+            assert small.counts() == (2, 0, 2)
+        wait_until(lambda: small.counts() == (0, 0, 0), 2)
+    with stream(small, n=5) as response:  # waiting ones go too
+        next(response.iter_text())
+    wait_until(lambda: small.counts() == (0, 0, 0), 2)
+
+
+def test_clients_that_do_not_wait_for_a_whole_reply_free_its_slot(small):
+    with pytest.raises(httpx.ReadTimeout):
+        ask(small, timeout=0.3)
+    wait_until(lambda: small.counts() == (0, 0, 0), 2)
+    connection = socket.create_connection(small.url.removeprefix("http://").split(":"))
+    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+                       b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+    connection.close()  # in the middle of a request
+    assert ask(small, max_tokens=1).status_code == 200
+    wait_until(lambda: small.app.state.gate.num_active == 0, 2)
+
+
+def test_others_go_on_when_one_leaves(small):
+    expected = ask(small, max_tokens=200).json()["choices"][0]["message"]["content"]
+    with ThreadPoolExecutor(1) as pool:
+        with stream(small) as response:
+            parts = response.iter_text()
+            next(parts)
+            other = pool.submit(ask, small, max_tokens=200)
+            wait_until(lambda: small.chat.in_flight == 2)
+        assert other.result().json()["choices"][0]["message"]["content"] == expected
+
+
+def test_an_engine_that_fails_tells_everyone():
+    server = Running(max_batch_size=2, max_len=4000)
+    threading.excepthook, hook = lambda *_: None, threading.excepthook
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(ask, server)
+            with stream(server) as response:
+                lines = response.iter_lines()
+                next(lines)
+                wait_until(lambda: server.chat.in_flight == 2)
+                server.chat.engine._decode = lambda: 1 / 0
+                errors = [json.loads(line[6:]) for line in lines if line.startswith('data: {"error"')]
+            assert errors[0]["error"]["type"] == "server_error"
+            assert refused(whole.result(), 500)["type"] == "server_error"
+        refused(ask(server), 503)
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503 and health.json() == {"status": "failed", "failed": ["chat"]}
+    finally:
+        threading.excepthook = hook
+        server.close()
+
+
+def save_checkpoints(folder):
+    """Two runs and an adapter, as the stages leave them."""
+    for seed, name in enumerate(("full_sft_small", "other")):
+        model, tokenizer = small_network(seed)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "full_sft_small"), LoraConfig(
+        r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora" in name:
+                weight.normal_()
+    model.save_pretrained(folder / "poet_adapter")
+
+
+def test_a_process_serves_several_models_drains_and_ends(tmp_path):
+    save_checkpoints(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "serve_openai_api.py"), "--save_dir", str(tmp_path), "--port", "0",
+         "--weight", "full_sft", f"second={tmp_path / 'other'}", "--adapter", f"poet={tmp_path / 'poet_adapter'}",
+         "--device", "cpu", "--int8", "--max_len", "4000", "--max_batch_size", "2"],
+        stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        lines = iter(process.stdout.readline, "")
+        url = next(line for line in lines if line.startswith("listening")).split()[-1]
+        cards = httpx.get(f"{url}/models").json()["data"]
+        assert [(card["id"], card["parent"]) for card in cards] == [("full_sft", None), ("second", None), ("poet", "full_sft")]
+        texts = {card["id"]: httpx.post(f"{url}/chat/completions", json={**ENDLESS, "model": card["id"], "max_tokens": 12},
+                                        timeout=60).json()["choices"][0]["message"]["content"] for card in cards}
+        assert len(set(texts.values())) == 3
+        body = {**ENDLESS, "model": "full_sft", "max_tokens": 700, "stream": True}
+        running = httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=60)
+        with httpx.Client(timeout=60) as other, running as response:
+            parts = response.iter_text()
+            next(parts)
+            other.get(f"{url}/models")
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            late = other.post(f"{url}/chat/completions", json=body)
+            assert refused(late, 503)["code"] == "draining" and "retry-after" in late.headers
+            assert other.get(url.replace("/v1", "/health")).status_code == 503
+            assert "".join(parts).endswith("data: [DONE]\n\n")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("written, message", [
+    (["--port", "70000"], "--port 70000"), (["--max_batch_size", "0"], "--max_batch_size"),
+    (["--max_queue", "-1"], "--max_queue"), (["--adapter", "folder"], "NAME=folder")])
+def test_flags_that_cannot_work(written, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(ServeArgs, written)
+    assert message in capsys.readouterr().err
+
+
+def test_names_and_ports_that_are_taken(tmp_path, capsys):
+    save_checkpoints(tmp_path)
+    common = ["--save_dir", str(tmp_path), "--device", "cpu", "--max_batch_size", "1"]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ValueError, match="two models would be served as 'other'"):
+            main([*common, "--weight", "full_sft", "other", "--adapter", f"other={tmp_path / 'poet_adapter'}"])
+        with pytest.raises(ValueError, match="no weights are found"):
+            main([*common, "--weight", "nothing"])
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            with pytest.raises(OSError, match="cannot be opened"):
+                main([*common, "--port", str(taken.getsockname()[1])])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
