@@ -85,10 +85,10 @@ class Turn:
     def advance(self, timeout):
         """Wait for news, at most `timeout` seconds, and take in all there are."""
         try:
-            when, output = self.outputs.get(timeout=timeout)
+            news = self.outputs.get(timeout=timeout)
             while True:
-                self._take(when, output)
-                when, output = self.outputs.get_nowait()
+                self._take(*news)
+                news = self.outputs.get_nowait()
         except queue.Empty:
             pass
 
@@ -123,8 +123,9 @@ class Turn:
         self.replies.append(Reply(request, ReplyParser(in_reasoning, tools=bool(self.tools)), asked))
 
     def _on_output(self, output):
-        """In the engine's thread: only note the time."""
-        self.outputs.put((time.perf_counter(), output))
+        """In the engine's thread: note the time, and whether this is the end (the request itself soon knows more)."""
+        reason = None if isinstance(output, Exception) else output.request.finish_reason
+        self.outputs.put((time.perf_counter(), output, reason))
 
     def _prompt(self):
         """Token ids for the next reply; where they do not fit, the oldest rounds are left out."""
@@ -139,7 +140,7 @@ class Turn:
             history = history[starts[1]:] if len(starts) > 1 else []
             self.num_left_out += 1
 
-    def _take(self, when, output):
+    def _take(self, when, output, reason):
         if not self.is_running:
             return  # what came after the stop
         if isinstance(output, Exception):
@@ -148,7 +149,6 @@ class Turn:
         reply = self.replies[-1]
         reply.first, reply.last = reply.first or when, when
         reply.events += reply.parser.feed(output.text)
-        reason = output.request.finish_reason
         if reason:
             self._finish_reply(reply, reason)
 

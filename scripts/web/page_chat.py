@@ -24,17 +24,20 @@ def show(args):
         talk.ask(loaded, text, settings)
     if st.session_state.pop("again", False) and talk.turns:
         talk.regenerate(loaded, settings)
+    welcome_place = st.empty()  # empty again, it wipes the welcome off the screen
     if not talk.turns:
-        welcome(run, loaded)
+        with welcome_place.container():
+            welcome(run, loaded)
         return
     for turn in talk.turns:
         drawing.show_question(turn.text)
         view = drawing.show_turn(turn)
+    again_place = st.empty()
     if talk.is_running:
         stop_place.button(t("stop"), icon=":material/stop_circle:", key="stop", on_click=talk.stop)
         drawing.follow(view)
         st.rerun()
-    st.button(t("regenerate"), icon=":material/refresh:", key="regenerate", on_click=ask_again)
+    again_place.button(t("regenerate"), icon=":material/refresh:", key="regenerate", on_click=ask_again)
 
 
 def start_again():

@@ -15,6 +15,11 @@ STYLE = """<style>
 [data-testid="stMainBlockContainer"] {max-width: 68rem; padding-top: 4.5rem}
 [data-testid="stChatMessage"] {padding: 0.75rem; gap: 0.75rem}
 [data-testid="stChatMessage"] [data-testid="stText"] {font-size: 1rem}
+[data-testid="stChatMessage"]:has([aria-label="Chat message from user"]) {
+  width: fit-content; max-width: 85%; margin-left: auto; padding: 0.6rem 1.1rem; border-radius: 1.2rem;
+  background: color-mix(in srgb, currentColor 7%, transparent)
+}
+[data-testid="stChatMessage"]:has([aria-label="Chat message from user"]) [data-testid^="stChatMessageAvatar"] {display: none}
 </style>"""
 
 
