@@ -311,6 +311,15 @@ def test_a_checkpoint_that_was_trained_on_is_loaded_anew(out):
     assert loaded(out) is not before
 
 
+def test_only_a_few_checkpoints_stay_loaded(out):
+    runs = find_checkpoints(out)[: engines.MOST_LOADED + 1]
+    first, *others = [engines.get(run, run.base, web_args(out)) for run in runs]
+    end = time.monotonic() + 10
+    while first.engine.thread.is_alive() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not first.engine.thread.is_alive() and all(one.engine.thread.is_alive() for one in others)
+
+
 # ---- the other pages
 
 
