@@ -60,11 +60,12 @@ class Request:
 
 @dataclass
 class Output:
-    """What a step did for a request: the new text (may be empty) and, at its end, `request.finish_reason`."""
+    """What a step did for a request: the new text (may be empty), and why it ended, if it did."""
 
     request: Request
     text: str
     token: int | None = None  # None: no token, the request ended without one
+    finish_reason: str | None = None
 
 
 class Slot:
@@ -189,7 +190,7 @@ class Engine:
                 self.prefilling = None
             else:
                 self.waiting.remove(request)
-            outputs.append(Output(request, ""))
+            outputs.append(Output(request, "", None, request.finish_reason))
         return outputs
 
     def _admit(self):
@@ -294,7 +295,7 @@ class Engine:
             text += request.stream.finish()
             if request.stream.stopped:
                 request.finish_reason = "stop"
-        return Output(request, text, token)
+        return Output(request, text, token, request.finish_reason)
 
 
 def common_prefix(a, b):

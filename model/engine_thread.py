@@ -68,7 +68,7 @@ class EngineThread:
                 if isinstance(output, Exception):
                     raise RuntimeError(f"the engine has stopped: {output}") from output
                 yield output
-                if output.request.finish_reason:
+                if output.finish_reason:  # not the request's: a slow reader would see the end before the last pieces
                     return
         finally:
             if request.finish_reason is None:

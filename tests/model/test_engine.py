@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -223,6 +224,17 @@ def test_a_thread_serves_many(tokenizer):
     assert request.finish_reason == "cancelled" and runner.num_running == runner.num_waiting == 0
     with pytest.raises(RuntimeError, match="has stopped"):
         runner.submit(asked[0], params(), print)
+
+
+def test_a_slow_reader_gets_all_of_the_text(tokenizer):
+    runner = EngineThread(Engine(network(), tokenizer, max_len=64))
+    stream, text = runner.stream(prompts([5])[0], params(max_tokens=20)), ""
+    for output in stream:
+        while output.request.finish_reason is None:
+            time.sleep(0.01)
+        text += output.text
+    assert text == output.request.text and len(output.request.answer) == 20
+    runner.close()
 
 
 def test_who_waits_hears_that_the_engine_failed(tokenizer, monkeypatch):
