@@ -23,7 +23,6 @@ scripts/chat_api.py is such a client, /docs lists the fields, /metrics is for Pr
 - SIGTERM or Ctrl-C: what runs is finished, new requests get 503, then the program ends; a second signal ends it at once.
 """
 
-import asyncio
 import os
 import signal
 import socket
@@ -105,9 +104,16 @@ class Server(uvicorn.Server):
 
 def open_port(host, port):
     """A socket that listens. OSError, saying what to change, if there can be none."""
+    # with the protocol named, asyncio sends every token at once instead of waiting for more (TCP_NODELAY)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+        return listener
     except OSError as error:
+        listener.close()
         raise OSError(f"--host {host} --port {port} cannot be opened ({error}): something else may listen there, choose "
                       "another, or --port 0 for any that is free") from error
 
@@ -126,7 +132,7 @@ def main(argv=None):
     app = build_app(models, api_key, args.max_body_bytes)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="off")
     server = Server(config, app.state.gate)
-    asyncio.run(server.serve([listener]))
+    server.run([listener])
     for served in models.values():
         served.thread.close(timeout=0 if server.force_exit else None)
 

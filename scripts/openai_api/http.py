@@ -93,12 +93,7 @@ class EventStream(Response):
 
     def __init__(self, parts, generation):
         self.parts, self.generation, self.status_code, self.background = parts, generation, 200, None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-
-    def init_headers(self, headers=None):
-        self.body = b""
-        super().init_headers(headers)
-        self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # no body yet, so no length
 
     async def __call__(self, scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
