@@ -20,6 +20,8 @@ scripts/chat_api.py is such a client, /docs lists the fields, /metrics is for Pr
 - Thinking is switched by chat_template_kwargs: {"enable_thinking": true} or by reasoning_effort, and comes as
   reasoning_content. Extensions: top_k, min_p, repetition_penalty, ignore_eos.
 - A completion's text may hold special tokens (`<|im_start|>`); one that does not begin with one gets <|endoftext|> before it.
+- On a CPU one core is left to the connections, unless OMP_NUM_THREADS says how many the networks take. Where uvloop and
+  httptools are installed, they are used.
 - SIGTERM or Ctrl-C: what runs is finished, new requests get 503, then the program ends; a second signal ends it at once.
 """
 
@@ -33,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch
 import uvicorn
 
 from model.model_minimind import PRESETS
@@ -122,6 +125,8 @@ def main(argv=None):
     args = parse_args(ServeArgs, argv)
     run = Compute(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has taken over: nothing runs yet
+    if "OMP_NUM_THREADS" not in os.environ:  # one core for the connections: threads of the network wait for the slowest
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     listener = open_port(args.host, args.port)  # before anything is loaded: it may be taken
     models = load_models(args, run)
     api_key = args.api_key or os.environ.get("MINIMIND_API_KEY", "")
