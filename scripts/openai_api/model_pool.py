@@ -14,7 +14,6 @@ import torch
 from model.engine import Engine
 from model.engine_thread import EngineThread
 from model.model_lora import merge_adapter
-from model.sampling import top_log_probs
 from scripts.openai_api.errors import ApiError, busy
 from scripts.openai_api.grammars import Grammars
 from trainer.weights import find_weight, read_weight
@@ -93,6 +92,7 @@ class ServedModel:
         self.grammars = Grammars(tokenizer, self.engine.end_ids)
         self.names = [piece.decode("utf-8", "replace") or tokenizer.convert_ids_to_tokens(token)
                       for token, piece in enumerate(self.engine.pieces)]
+        self.longest = max(map(len, self.names))  # characters that one token can stand for
         self.loop, self.outbox, self.in_flight = None, [], 0
         self.thread = EngineThread(self.engine, self._hand_over)
 
@@ -154,8 +154,11 @@ class ServedModel:
         ids = torch.tensor([prompt], device=self.engine.device)
         hidden, top = network.model(ids).last_hidden_state[0], [None]
         for start in range(0, len(prompt) - 1, SCORE_ROWS):
-            logits = network.lm_head(hidden[start:min(start + SCORE_ROWS, len(prompt) - 1)]).float()
-            top += [top_log_probs(row, token, number) for row, token in zip(logits, prompt[start + 1:])]
+            end = min(start + SCORE_ROWS, len(prompt) - 1)
+            log_probs = network.lm_head(hidden[start:end]).float().log_softmax(-1)  # rows V
+            own = log_probs.gather(1, ids[0, start + 1:end + 1, None])[:, 0].tolist()
+            best, best_ids = log_probs.topk(number)
+            top += [(p, list(zip(*row))) for p, *row in zip(own, best_ids.tolist(), best.tolist())]
         return top
 
     def card(self):

@@ -1,5 +1,6 @@
 """A request turned into what an engine needs: prompts, sampling parameters, and how the reply is to be read."""
 
+import json
 from dataclasses import dataclass, field
 
 from dataset.chat_format import encode_prompt
@@ -44,8 +45,11 @@ def plan_chat(request, served):
         tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
     thinking = request.thinking()
     offered = [tool.model_dump(exclude_unset=True) for tool in tools] or None
+    messages = [as_template_has_it(message) for message in request.messages]
+    check_characters(sum(len(message["content"] or "") for message in messages)
+                     + len(json.dumps(offered or "", ensure_ascii=False)), served)
     try:
-        prompt = encode_prompt(served.tokenizer, [as_template_has_it(message) for message in request.messages], offered, thinking)
+        prompt = encode_prompt(served.tokenizer, messages, offered, thinking)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     check_length(prompt, served)
@@ -103,6 +107,7 @@ def plan_completion(request, served):
     prompts, echoes = [], []
     for prompt in request.prompts():
         if isinstance(prompt, str):
+            check_characters(len(prompt), served)
             own = served.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
             ids = own if own and own[0] in served.special_ids else [served.tokenizer.pad_token_id, *own]
             echoes.append(Echo(prompt, own))
@@ -125,6 +130,14 @@ def check_ids(ids, served, field="prompt"):
     wrong = next((token for token in ids if not 0 <= token < size), None)
     if wrong is not None:
         raise ApiError(400, f"{field}: there is no token {wrong}: ids go from 0 to {size - 1}", field)
+
+
+def check_characters(number, served):
+    """ApiError 400 for a text that cannot fit, however it is cut into tokens: turning it into tokens would hold up others."""
+    if number > served.longest * served.max_len:
+        raise ApiError(400, f"the prompt has {number:,} characters, which are more than {number // served.longest:,} tokens, and "
+                            f"this model's context of {served.max_len} holds prompt and answer: shorten it", "messages",
+                       "context_length_exceeded")
 
 
 def check_length(ids, served):

@@ -52,6 +52,7 @@ def refused(response, status=400):
     ({"messages": [{"role": "user", "content": 5}]}, "content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "text only"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text"), ({"messages": LONG}, "512 holds"),
+    ({"messages": [{"role": "user", "content": "word " * 100_000}]}, "500,0"),
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]}, "tool_calls"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "tool_calls")], ids=lambda x: str(x)[:60])
 def test_wrong_chat_fields(server, change, says):
@@ -63,7 +64,8 @@ def test_wrong_chat_fields(server, change, says):
 @pytest.mark.parametrize("change, says", [
     ({"prompt": []}, "empty"), ({"prompt": [[]]}, "empty"), ({"prompt": [6400]}, "no token 6400"), ({"prompt": [-1]}, "no token"),
     ({"prompt": None}, "prompt"), ({"prompt": [1, "a"]}, "prompt"), ({"prompt": {"text": "x"}}, "prompt"),
-    ({"prompt": [5] * 600}, "600 tokens"), ({"prompt": "word " * 600}, "context of 512"), ({"max_tokens": 0}, "echo"),
+    ({"prompt": [5] * 600}, "600 tokens"), ({"prompt": "word " * 600}, "context of 512"),
+    ({"prompt": "word " * 100_000}, "500,000 characters"), ({"max_tokens": 0}, "echo"),
     ({"suffix": "end"}, "suffix"), ({"best_of": 3}, "best_of"), ({"logprobs": 21}, "logprobs"), ({"logprobs": True}, "logprobs"),
     ({"echo": 1}, "echo"), ({"messages": HI}, "messages"), ({"prompt": ["x"] * 500}, "500 answers"),
     ({"prompt": ["x"] * 100, "n": 100}, "10000 answers")], ids=lambda x: str(x)[:60])
