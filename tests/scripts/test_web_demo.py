@@ -22,6 +22,12 @@ from trainer.run_folders import find_checkpoints
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "27 * 34"}}\n</tool_call>'
 
 
+@pytest.fixture(autouse=True)
+def same_main_module(monkeypatch):
+    """The test bench puts the page in the place of `__main__`, which processes that are started later would run again."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     yield make_save_folder(tmp_path_factory.mktemp("out"))
