@@ -14,8 +14,9 @@ scripts/chat_api.py is such a client, /docs lists the fields, /metrics is for Pr
 - response_format and tool calls are enforced while sampling, so the JSON fits its schema. If max_tokens ends it early,
   finish_reason is "length". A schema that cannot be enforced is an error; of a tool that may but need not be called it is
   not, unless it is strict: then the arguments are just some JSON object.
-- stop texts are looked for in the raw reply, reasoning and tool calls included; logprobs are those of the bare model, before
-  temperature and penalties, for all tokens of the raw reply.
+- stop texts are looked for in the raw reply, reasoning and tool calls included; with response_format or a call that must be
+  made they are refused, and where one cuts off a call that may be made, finish_reason is "stop".
+- logprobs are those of the bare model, before temperature and penalties, for all tokens of the raw reply.
 - Where JSON or a call is enforced, the model thinks before it only if it is asked to.
 - Thinking is switched by chat_template_kwargs: {"enable_thinking": true} or by reasoning_effort, and comes as
   reasoning_content. Extensions: top_k, min_p, repetition_penalty, ignore_eos.
@@ -64,7 +65,8 @@ class ServeArgs:
     max_len: int | None = arg(None, "tokens of prompt and answer together (default: 2048, or what the model has)")
     max_queue: int = arg(256, "answers of one model that may wait; beyond that clients get 429")
     max_body_bytes: int = arg(4 << 20, "longest body of a request; beyond that clients get 413")
-    int8: bool = arg(False, "int8 weights on a CPU: less memory, a little less exact")
+    int8: bool = arg(False, "int8 weights on a CPU: less memory, a little less exact; what else runs may then change a rare "
+                       "token of an answer (seeds are exact in float32 only)")
     cuda_graphs: bool = arg(False, "on a GPU: replay the kernels of a step instead of launching them one by one")
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
     dtype: str = arg("auto", "auto: bfloat16 on a GPU that has it, else float32",

@@ -72,10 +72,9 @@ async def answer(http, model, plan_for, kind):
     served.check_room(request.n or 1)
     plan = await asyncio.to_thread(plan_for, request, served)  # long texts and large schemas take their time
     served.check_room(len(plan.prompts) * plan.n)
-    for echo, prompt in zip(plan.echoes, plan.prompts):
-        if plan.wants_log_probs and echo.tokens:
-            echo.top = (await served.score(prompt, request.logprobs))[len(prompt) - len(echo.tokens):]
-    served.check_room(len(plan.prompts) * plan.n)  # others may have come meanwhile
+    if plan.wants_log_probs and plan.echoes:
+        await score(http, plan, served, request.logprobs)
+        served.check_room(len(plan.prompts) * plan.n)  # others may have come meanwhile
     generation = Generation(served)
     clock = state.metrics.clock(served.name, start, generation)
     envelope = Envelope(served, kind, bool(request.stream and request.stream_options and request.stream_options.include_usage))
@@ -96,6 +95,30 @@ async def answer(http, model, plan_for, kind):
     check_constraints(generation)
     clock.end()
     return JSONResponse(envelope.whole([choice.whole() for choice in choices], total(generation, plan, choices)))
+
+
+class Scoring:
+    """What `while_connected` cancels while prompts are scored."""
+
+    is_cancelled = False
+
+    def cancel(self):
+        self.is_cancelled = True
+
+
+async def score(http, plan, served, number):
+    """Give the echoed prompts their log-probs. Each counts as an answer meanwhile; it ends early when the client hangs up."""
+    scoring = Scoring()
+    served.in_flight += len(plan.prompts)
+    try:
+        async with while_connected(http.receive, scoring):
+            for echo, prompt in zip(plan.echoes, plan.prompts):
+                if scoring.is_cancelled:
+                    raise ApiError(400, "the client left before its prompts were scored")
+                if echo.tokens:
+                    echo.top = (await served.score(prompt, number))[len(prompt) - len(echo.tokens):]
+    finally:
+        served.in_flight -= len(plan.prompts)
 
 
 def make_choices(plan, served, envelope, kind):
@@ -138,4 +161,4 @@ def check_constraints(generation):
 def total(generation, plan, choices):
     """The usage of a finished reply."""
     reasoning = sum(choice.reasoning_tokens for choice in choices) if isinstance(choices[0], ChatChoice) else None
-    return usage(generation.requests, [len(prompt) for prompt in plan.prompts], reasoning)
+    return usage(generation.requests, [len(prompt) for prompt in plan.prompts], plan.n, reasoning)

@@ -15,12 +15,12 @@ FINGERPRINT = "minimind"
 DONE = b"data: [DONE]\n\n"
 
 
-def usage(requests, prompt_lengths, reasoning_tokens=None):
-    """The usage of all answers; a prompt with several answers counts once."""
+def usage(requests, prompt_lengths, n, reasoning_tokens=None):
+    """The usage of all answers; a prompt with n answers counts once, as the first of them has found it."""
     completion = sum(len(request.sampled) for request in requests)
     prompt = sum(prompt_lengths)
     body = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": min(prompt, sum(request.num_reused for request in requests))}}
+            "prompt_tokens_details": {"cached_tokens": min(prompt, sum(request.num_reused for request in requests[::n]))}}
     if reasoning_tokens is not None:
         body["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
     return body
@@ -70,7 +70,10 @@ class ChatChoice:
             events += self.parser.finish()
         self.num_calls += sum(isinstance(event, CallStart) for event in events)
         if piece.finish_reason:
-            self.finish_reason = "tool_calls" if self.num_calls and piece.finish_reason == "stop" else piece.finish_reason
+            is_cut = self.parser.state == "arguments"  # by a stop text
+            self.finish_reason = piece.finish_reason
+            if self.num_calls and piece.finish_reason == "stop" and not is_cut:
+                self.finish_reason = "tool_calls"
         return events
 
     def _log_prob(self, token, log_prob, best):

@@ -17,6 +17,8 @@ NOT_SERVED = {  # fields of the original that would change the answer
     "web_search_options": "there is no web search; offer a tool", "image_url": "this model reads text only",
     "input_audio": "this model reads text only", "file": "this model reads text only"}
 
+Unused = Field(None, description="Without effect.")
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -39,19 +41,19 @@ class ToolCall(Strict):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
+    index: int | None = Unused
 
 
 class SystemMessage(Strict):
     role: Literal["system", "developer"]
     content: Text
-    name: str | None = None
+    name: str | None = Unused
 
 
 class UserMessage(Strict):
     role: Literal["user"]
     content: Text
-    name: str | None = None
+    name: str | None = Unused
 
 
 class AssistantMessage(Strict):
@@ -59,9 +61,9 @@ class AssistantMessage(Strict):
     content: Text | None = Field(None, description="May be null if there are tool_calls.")
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
+    name: str | None = Unused
+    refusal: str | None = Unused
+    annotations: list[Any] | None = Unused
     audio: None = None
     function_call: None = None
 
@@ -75,8 +77,8 @@ class AssistantMessage(Strict):
 class ToolMessage(Strict):
     role: Literal["tool"]
     content: Text
-    tool_call_id: str
-    name: str | None = None
+    tool_call_id: str = Field(description="The id of a call that was made before.")
+    name: str | None = Unused
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
@@ -104,10 +106,10 @@ class NamedTool(Strict):
 
 
 class JsonSchema(Strict):
-    name: str = Field("answer", pattern="^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
+    name: str = Field("answer", pattern="^[a-zA-Z0-9_-]{1,64}$", description="Without effect.")
+    description: str | None = Unused
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
+    strict: bool | None = Field(None, description="Without effect: the schema is always followed.")
 
 
 class TextFormat(Strict):
@@ -151,7 +153,7 @@ class GenerationRequest(Strict):
     ignore_eos: bool | None = Field(None, description="Extension: write on until max_tokens.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Without effect.")
+    user: str | None = Unused
 
     @model_validator(mode="after")
     def options_belong_to_streams(self):
@@ -174,10 +176,10 @@ class ChatRequest(GenerationRequest):
         None, description="none and minimal answer at once, the others think first.")
     chat_template_kwargs: TemplateOptions | None = None
     modalities: list[Literal["text"]] | None = None
-    metadata: dict[str, str] | None = Field(None, description="Without effect.")
+    metadata: dict[str, str] | None = Unused
     store: bool | None = Field(None, description="Without effect: nothing is stored.")
-    service_tier: str | None = Field(None, description="Without effect.")
-    safety_identifier: str | None = Field(None, description="Without effect.")
+    service_tier: str | None = Unused
+    safety_identifier: str | None = Unused
     prompt_cache_key: str | None = Field(None, description="Without effect: beginnings in common are always reused.")
     verbosity: Literal["medium"] | None = None
 
@@ -192,10 +194,19 @@ class ChatRequest(GenerationRequest):
             raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice 'required' needs tools")
-        if self.ignore_eos and (names or (self.response_format and self.response_format.type != "text")):
-            raise ValueError("ignore_eos writes on for ever, but tools and response_format say where to end: choose one")
+        self.ends_agree(names)
+        check_results(self.messages)
         self.thinking()
         return self
+
+    def ends_agree(self, tools):
+        """ValueError where two fields say differently where the reply ends."""
+        is_json = bool(self.response_format and self.response_format.type != "text")
+        if self.ignore_eos and (tools or is_json):
+            raise ValueError("ignore_eos writes on for ever, but tools and response_format say where to end: choose one")
+        if self.stop and (is_json or self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)):
+            raise ValueError("stop would cut off JSON or calls that must be complete: leave it out, or leave out "
+                             "response_format and the tool_choice that demands a call")
 
     def thinking(self):
         """True: think before answering; False: answer at once; None: as the model likes."""
@@ -205,6 +216,16 @@ class ChatRequest(GenerationRequest):
         if len(said) > 1:
             raise ValueError("chat_template_kwargs and reasoning_effort contradict each other")
         return said.pop() if said else None
+
+
+def check_results(messages):
+    """ValueError for a tool's result that belongs to no call."""
+    made = set()
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            made |= {call.id for call in message.tool_calls or ()}
+        elif message.role == "tool" and message.tool_call_id not in made:
+            raise ValueError(f"messages[{i}].tool_call_id: no call before it has the id {message.tool_call_id!r}")
 
 
 class CompletionRequest(GenerationRequest):

@@ -75,7 +75,7 @@ def test_a_full_queue_says_when_to_come_back(small):
         wait_until(lambda: small.chat.in_flight == 5)
         response = ask(small, max_tokens=1)
         assert refused(response, 429)["code"] == "queue_full" and response.headers["retry-after"] == "1"
-        assert max(small.counts()[0] for _ in range(20)) <= 2
+        wait_until(lambda: small.counts() == (2, 3, 5))
         assert [one.result().status_code for one in running] == [200] * 5
     assert ask(small, max_tokens=1).status_code == 200
     assert "6 answers in one request" in refused(ask(small, n=6))["message"]
@@ -105,6 +105,26 @@ def test_clients_that_do_not_wait_for_a_whole_reply_free_its_slot(small):
     connection.close()  # in the middle of a request
     assert ask(small, max_tokens=1).status_code == 200
     wait_until(lambda: small.app.state.gate.num_active == 0, 2)
+
+
+def test_prompts_that_are_only_scored_count_and_end_with_their_client(small, monkeypatch):
+    served, scored = small.models["base"], []
+    monkeypatch.setattr(served, "_score", lambda prompt, number: time.sleep(0.2) or scored.append(prompt) or [None] * len(prompt))
+    body = {"model": "base", "prompt": ["a", "b", "c", "d"], "echo": True, "logprobs": 1, "max_tokens": 0}
+
+    def ask_for_scores(**options):
+        return httpx.post(f"{small.url}/v1/completions", json=body, headers=KEY, **options)
+
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(ask_for_scores, timeout=60)
+        wait_until(lambda: served.in_flight == 4)
+        assert refused(ask_for_scores(timeout=60), 429)["code"] == "queue_full"
+        assert whole.result().status_code == 200 and len(scored) == 4 and served.in_flight == 0
+    with pytest.raises(httpx.ReadTimeout):
+        ask_for_scores(timeout=0.3)
+    wait_until(lambda: served.in_flight == 0, 2)
+    time.sleep(0.3)
+    assert len(scored) < 8
 
 
 def test_others_go_on_when_one_leaves(small):

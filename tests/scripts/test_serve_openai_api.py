@@ -199,6 +199,10 @@ def test_repeated_beginnings_are_not_computed_again(client):
     first = chat(client, messages=messages)
     second = chat(client, messages=messages)
     assert second.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
+    fresh = [{"role": "system", "content": f"Nobody has begun so before. {'word ' * 60}"}, *HI]
+    first, second = (chat(client, messages=fresh, n=3).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens < 20  # what all prompts begin with; the first answer's prompt is computed
+    assert second.prompt_tokens_details.cached_tokens == first.prompt_tokens - 1
 
 
 def test_completions_of_texts_and_of_tokens(server, client):

@@ -145,6 +145,27 @@ def test_json_or_calls(client):
     assert chat(client, **options, logit_bias={"3": 100}).choices[0].message.tool_calls
 
 
+def test_stop_texts_never_pass_for_a_complete_call(client):
+    for form in ({"tools": [WEATHER], "tool_choice": "required"}, {"tools": [WEATHER], "tool_choice": NAMED},
+                 {"response_format": {"type": "json_object"}}, {"response_format": by_schema(CITY)}):
+        with pytest.raises(openai.BadRequestError, match="stop would cut off"):
+            chat(client, **form, stop="0")
+    options = dict(tools=[WEATHER], parallel_tool_calls=False, max_tokens=300, temperature=0, logit_bias={"3": 100})
+    assert chat(client, **options, stop="nowhere").choices[0].finish_reason == "tool_calls"
+    cut = chat(client, **options, stop="days").choices[0]
+    assert cut.finish_reason == "stop" and joined(chat(client, **options, stop="days", stream=True))[0][0]["reason"] == "stop"
+
+
+def test_results_belong_to_a_call(client):
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "7"}
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    made = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert chat(client, messages=[*HI, made, result]).choices
+    for messages in ([*HI, result], [*HI, result, made], [*HI, made, {**result, "tool_call_id": "call_2"}]):
+        with pytest.raises(openai.BadRequestError, match="tool_call_id: no call before it"):
+            chat(client, messages=messages)
+
+
 @pytest.mark.parametrize("options, message", [
     ({"response_format": by_schema({"type": "nothing"})}, "cannot be followed: Invalid type"),
     ({"response_format": by_schema({"not": {}})}, "Unimplemented"),
