@@ -95,7 +95,7 @@ def main(argv=None):
         print()
     except openai.APIConnectionError as error:
         raise OSError(f"no server answers at {args.base_url}: start one with scripts/serve_openai_api.py") from error
-    except openai.APIStatusError as error:
+    except openai.APIError as error:  # of a status, or in the middle of a stream
         raise ValueError(f"{args.base_url}: {error.message}") from error
 
 

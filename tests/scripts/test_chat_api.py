@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import openai
 import pytest
 
 from scripts import chat_api
@@ -29,6 +30,15 @@ def test_a_question_is_answered(server, capsys):
         chat_api.main([*flags, "--model", "x"])
     with pytest.raises(OSError, match="start one"):
         chat_api.main(["--base_url", "http://127.0.0.1:9/v1", "--prompt", "x"])
+
+
+def test_an_error_in_the_middle_of_a_stream(server, monkeypatch):
+    def fail(*_):
+        raise openai.APIError("the engine has stopped", request=None, body=None)
+
+    monkeypatch.setattr(chat_api, "answer", fail)
+    with pytest.raises(ValueError, match="the engine has stopped"):
+        chat_api.main(["--base_url", f"{server.url}/v1", "--prompt", "x"])
 
 
 def test_tools_are_run_until_there_is_an_answer(capsys):
