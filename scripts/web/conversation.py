@@ -131,14 +131,15 @@ class Turn:
         """Token ids for the next reply; where they do not fit, the oldest rounds are left out."""
         schemas = tool_schemas(self.tools) or None
         system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
-        history = self.history
+        history, num_left_out = self.history, 0
         while True:
             ids = self.loaded.encode([*system, *history, *self.messages], schemas, self.settings.thinking)
             starts = [i for i, message in enumerate(history) if message["role"] == "user"]
             if len(ids) + ROOM <= self.loaded.max_len or not starts:
+                self.num_left_out = num_left_out
                 return ids
             history = history[starts[1]:] if len(starts) > 1 else []
-            self.num_left_out += 1
+            num_left_out += 1
 
     def _take(self, when, output, reason):
         if not self.is_running:

@@ -305,6 +305,16 @@ def test_a_conversation_that_grows_too_long_loses_its_oldest_rounds(tokenizer):
     assert finish(talk.turns[1]).num_left_out == 1 and len(engine.prompts[1]) + 64 <= 200
 
 
+def test_rounds_left_out_are_counted_once_however_many_replies_a_turn_has(tokenizer):
+    call = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call>'
+    engine = FakeEngine("short", call, "42", max_len=500)
+    one, talk = engines.Loaded("fake", engine, tokenizer, True), Conversation()
+    talk.ask(one, "word " * 240, Settings())
+    finish(talk.turns[0])
+    talk.ask(one, "word " * 30, Settings(tools=("calculator",)))
+    assert finish(talk.turns[1]).num_left_out == 1 and len(talk.turns[1].replies) == 2
+
+
 def test_a_message_that_is_too_long_by_itself_is_refused_with_the_reason(out):
     turn = Turn(loaded(out), [], "word " * 3000, Settings())
     assert not turn.is_running and "shorten it" in turn.error
