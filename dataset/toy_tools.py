@@ -10,6 +10,7 @@ import hashlib
 import json
 import operator
 import random
+import re
 from datetime import date, timedelta
 from fractions import Fraction
 
@@ -117,6 +118,8 @@ def convert(arguments: dict) -> int | float:
     """Converts between the units of `UNITS`, in either direction; ValueError for an unknown pair."""
     names = {name: big[0] for big, *_ in UNITS for name in big} | {name: small[0] for _, small, *_ in UNITS for name in small}
     pair = (names.get(arguments["from"]), names.get(arguments["to"]))
+    if not re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", str(arguments["value"])):  # 1e999999999 would keep the machine busy
+        raise ValueError(f"{arguments['value']!r} is not a number with at most 15 digits before and after the point")
     value = Fraction(str(arguments["value"]))
     if pair in FACTORS:
         value *= FACTORS[pair]

@@ -1,10 +1,13 @@
 """One token for each of the first B slots of a cache: the forward that decoding repeats, plain and as recorded CUDA graphs."""
 
+import threading
+
 import torch
 
 from .kv_cache import DecodeView
 
 KEYS_STEP = 256  # recorded graphs look at a multiple of so many positions
+RECORDING = threading.Lock()  # one engine at a time; the others may compute meanwhile
 
 
 class Decoder:
@@ -58,14 +61,15 @@ class RecordedDecoder(Decoder):
         def step():
             return self.forward(ids[0], ids[1], num_keys, self.mask_for(ids[1], num_keys))
 
-        stream = torch.cuda.Stream()  # what is loaded or tuned at the first call must not be recorded
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = step()
-        self.pool = graph.pool()
+        with RECORDING:
+            stream = torch.cuda.Stream()  # what is loaded or tuned at the first call must not be recorded
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                logits = step()
+            self.pool = graph.pool()
         return graph.replay, ids, logits

@@ -88,9 +88,10 @@ class Engine:
     """Decodes with `model` (a MiniMindForCausalLM on its device, not touched) for up to `max_batch_size` requests at once.
 
     max_len: tokens of prompt and answer together, at most the model's positions. dtype: of weights and cache (default: the
-    model's own; on a CPU always float32, the fastest there). int8: int8 weights on a CPU. prefill_chunk: prompt tokens per
-    step, so that a long prompt does not hold up the others. cuda_graphs: replay each step's kernels without launching them
-    one by one (a GPU; a mixture of experts in bfloat16 only). Raises ValueError for sizes and options that do not fit.
+    model's own; on a CPU always float32, the fastest there). int8: int8 weights on a CPU; an answer may then depend, in
+    single tokens, on what is written beside it. prefill_chunk: prompt tokens per step, so that a long prompt does not hold
+    up the others. cuda_graphs: replay each step's kernels without launching them one by one (a GPU; a mixture of experts
+    in bfloat16 only). Raises ValueError for sizes and options that do not fit.
     """
 
     def __init__(self, model, tokenizer, max_batch_size=8, max_len=None, dtype=None, int8=False, prefill_chunk=256,

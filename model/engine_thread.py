@@ -14,9 +14,10 @@ class EngineThread:
 
     def __init__(self, engine, after_step=None):
         self.engine, self.after_step = engine, after_step
-        self.inbox, self.wake, self.failure, self.is_closing = deque(), threading.Event(), None, False
-        self.calls = deque()  # (function, its Future)
-        self.num_finished = 0
+        self.inbox, self.calls = deque(), deque()  # Requests; (function, its Future)
+        self.unfinished = set()  # Requests that have not been told their end
+        self.lock = threading.Lock()  # nothing comes in once the thread has decided to end
+        self.wake, self.failure, self.is_closing = threading.Event(), None, False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -31,13 +32,15 @@ class EngineThread:
     def submit(self, prompt, params, on_output):
         """Queue a request; `on_output(Output)` is called in the engine's thread, with a `finish_reason` the last time.
 
-        Returns the Request. ValueError if the prompt does not fit, RuntimeError once the engine is closed or has failed.
+        After a failure it is called once with the exception instead. Returns the Request. ValueError if the prompt does not
+        fit, RuntimeError once the engine is closed or has failed.
         """
-        if self.failure or self.is_closing:
-            raise RuntimeError(f"the engine has stopped{f': {self.failure}' if self.failure else ''}")
         request = self.engine.new_request(prompt, params)
         request.on_output = on_output
-        self.inbox.append(request)
+        with self.lock:
+            self._check_open()
+            self.unfinished.add(request)
+            self.inbox.append(request)
         self.wake.set()
         return request
 
@@ -46,10 +49,10 @@ class EngineThread:
 
         RuntimeError once the engine is closed or has failed.
         """
-        if self.failure or self.is_closing:
-            raise RuntimeError(f"the engine has stopped{f': {self.failure}' if self.failure else ''}")
         future = Future()
-        self.calls.append((function, future))
+        with self.lock:
+            self._check_open()
+            self.calls.append((function, future))
         self.wake.set()
         return future
 
@@ -76,41 +79,57 @@ class EngineThread:
 
     def close(self, timeout=None):
         """Take in nothing more and wait, at most `timeout` seconds, until all that runs has ended; then cancel the rest."""
-        self.is_closing = True
+        with self.lock:
+            self.is_closing = True
         self.wake.set()
         self.thread.join(timeout)
-        if self.thread.is_alive():
-            for request in [*self.inbox, *self.engine.waiting, *self.engine.running, self.engine.prefilling]:
-                if request is not None:
-                    self.cancel(request)
-            self.thread.join()
+        with self.lock:
+            rest = list(self.unfinished)
+        for request in rest:
+            self.cancel(request)
+        self.thread.join()
+
+    def _check_open(self):
+        if self.failure or self.is_closing:
+            raise RuntimeError(f"the engine has stopped{f': {self.failure}' if self.failure else ''}")
 
     def _run(self):
-        engine = self.engine
         try:
-            while not (self.is_closing and not self.inbox and not self.calls and not engine.num_unfinished):
-                if not self.inbox and not self.calls and not engine.num_unfinished:
+            while True:
+                with self.lock:
+                    is_idle = not self.unfinished and not self.calls
+                    if is_idle and self.is_closing:
+                        return
+                if is_idle:
                     self.wake.wait()
                 self.wake.clear()
-                if self.calls:
-                    self._run_call(*self.calls.popleft())
-                while self.inbox:
-                    engine.waiting.append(self.inbox.popleft())
-                for output in engine.step() if engine.num_unfinished else []:
-                    self.num_finished += output.request.finish_reason is not None
-                    output.request.on_output(output)
-                if self.after_step:
-                    self.after_step()
+                self._work()
         except Exception as error:  # everyone who waits must hear of it
-            self.failure = error
-            for request in [*self.inbox, *engine.waiting, *engine.running, engine.prefilling]:
-                if request is not None:
-                    request.on_output(error)
+            with self.lock:
+                self.failure = error
+            for request in self.unfinished:
+                request.on_output(error)
             for _, future in self.calls:
-                future.set_exception(error)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            self.unfinished.clear()
             if self.after_step:
                 self.after_step()
             raise
+
+    def _work(self):
+        """One call and one step, as far as there are any."""
+        if self.calls:
+            self._run_call(*self.calls.popleft())
+        while self.inbox:
+            self.engine.waiting.append(self.inbox.popleft())
+        for output in self.engine.step() if self.engine.num_unfinished else []:
+            if output.finish_reason:
+                with self.lock:
+                    self.unfinished.discard(output.request)
+            output.request.on_output(output)
+        if self.after_step:
+            self.after_step()
 
     @staticmethod
     def _run_call(function, future):

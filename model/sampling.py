@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 FEW = 256  # truncation first looks at so many of the likeliest tokens: sorting all of them costs more than the network's head
+COLDEST = 1e-6  # a lower temperature is computed as this one, which is as good as greedy
 
 
 @dataclass
@@ -124,7 +125,7 @@ def sample(logits, params, uniforms):
             tokens[rows] = part.argmax(-1)
             continue
         chosen = [params[i] for i in rows]
-        temperature = logits.new_tensor([p.temperature for p in chosen])[:, None]
+        temperature = logits.new_tensor([max(p.temperature, COLDEST) for p in chosen])[:, None]
         u = torch.tensor([uniforms[i] for i in rows], dtype=torch.float64, device=logits.device)[:, None]
         # tiny temperatures must not overflow: the largest logit becomes 0 first
         tokens[rows], log_probs[rows] = draw(((part - part.amax(-1, keepdim=True)) / temperature).softmax(-1), chosen, u)

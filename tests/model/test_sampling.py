@@ -76,7 +76,8 @@ def test_the_ends_of_the_scale():
     scores = logits()
     greedy, log_prob = sample(scores, [SamplingParams(temperature=0)], [0.7])
     assert greedy[0] == scores.argmax() and log_prob[0] == 0
-    assert sample(scores, [SamplingParams(temperature=1e-30)], [0.7])[0][0] == scores.argmax()
+    for temperature in (1e-6, 1e-30, 1e-300):
+        assert sample(scores, [SamplingParams(temperature=temperature)], [0.7])[0][0] == scores.argmax()
     certain = torch.full((1, V), -math.inf)
     certain[0, 5] = 0
     for u in (0.0, math.nextafter(1, 0)):
