@@ -23,7 +23,8 @@ scripts/chat_api.py is such a client, /docs lists the fields, /metrics is for Pr
 - A completion's text may hold special tokens (`<|im_start|>`); one that does not begin with one gets <|endoftext|> before it.
 - On a CPU one core is left to the connections, unless OMP_NUM_THREADS says how many the networks take. Where uvloop and
   httptools are installed, they are used.
-- SIGTERM or Ctrl-C: what runs is finished, new requests get 503, then the program ends; a second signal ends it at once.
+- SIGTERM or Ctrl-C: what runs is finished, new requests get 503, then the program ends; a second signal ends it at once. A
+  client that takes nothing of its reply for 30 seconds is given up.
 """
 
 import os
@@ -41,6 +42,7 @@ import uvicorn
 
 from model.model_minimind import PRESETS
 from scripts.openai_api.application import build_app
+from scripts.openai_api.http import SEND_SECONDS
 from scripts.openai_api.model_pool import load_models
 from trainer.arguments import arg, check_not_negative, check_positive, command, parse_args
 from trainer.run import Compute
@@ -137,7 +139,8 @@ def main(argv=None):
     for served in models.values():
         print(f"serving {served.name}: context {served.max_len}, {args.max_batch_size} answers at once, on {run.device}")
     app = build_app(models, api_key, args.max_body_bytes)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="off")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="off",
+                            timeout_graceful_shutdown=SEND_SECONDS)
     server = Server(config, app.state.gate)
     server.run([listener])
     for served in models.values():

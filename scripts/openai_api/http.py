@@ -10,7 +10,36 @@ from starlette.responses import Response
 from scripts.openai_api.errors import ApiError, draining
 
 BODY_SECONDS = 60
+SEND_SECONDS = 30  # a client that takes nothing for so long is given up
 ALWAYS_OPEN = ("/health", "/metrics")  # while the server drains
+
+
+class NobodyReads(Exception):
+    """The client takes nothing of its reply any more."""
+
+
+def in_time(send):
+    """`send` that raises NobodyReads after SEND_SECONDS. A timer costs each token less than asyncio.wait_for's task does."""
+    async def send_in_time(message):
+        is_late = False
+
+        def give_up():
+            nonlocal is_late
+            is_late = True
+            task.cancel()
+
+        task = asyncio.current_task()
+        timer = asyncio.get_running_loop().call_later(SEND_SECONDS, give_up)
+        try:
+            await send(message)
+        except asyncio.CancelledError:
+            if not is_late:
+                raise
+            raise NobodyReads from None
+        finally:
+            timer.cancel()
+
+    return send_in_time
 
 
 class Gate:
@@ -27,7 +56,9 @@ class Gate:
             return await refusal.response()(scope, receive, send)
         self.state.num_active += 1
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, in_time(send))
+        except NobodyReads:  # the server closes a connection whose reply is not complete
+            pass
         finally:
             self.state.num_active -= 1
 

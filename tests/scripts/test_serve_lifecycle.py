@@ -127,6 +127,20 @@ def test_prompts_that_are_only_scored_count_and_end_with_their_client(small, mon
     assert len(scored) < 8
 
 
+def test_a_client_that_stops_reading_is_given_up(small, monkeypatch):
+    monkeypatch.setattr("scripts.openai_api.http.SEND_SECONDS", 0.3)  # the log-probs below are more than sockets hold
+    body = json.dumps({**ENDLESS, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 2}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = small.url.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+                           b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: small.counts() == (2, 0, 2))
+        wait_until(lambda: small.app.state.gate.num_active == 0, 30)
+        wait_until(lambda: small.counts() == (0, 0, 0), 2)
+
+
 def test_others_go_on_when_one_leaves(small):
     expected = ask(small, max_tokens=200).json()["choices"][0]["message"]["content"]
     with ThreadPoolExecutor(1) as pool:
