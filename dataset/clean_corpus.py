@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import near_duplicates as near
-from dataset.cleaning import Limits, judge, normalize_row, row_answers, row_text, text_key
+from dataset.cleaning import Limits, check_readable, judge, normalize_row, row_answers, row_text, text_key
 from dataset.contamination import EvaluationIndex
 from dataset.jsonl import dump_row, iter_lines, parse_row
 from dataset.outputs import check_outputs, scratch_folder, whole_file
@@ -89,6 +89,7 @@ class Analyzer:
         for at, (_, line) in zip(place.tolist(), block.lines, strict=True):
             try:
                 row = normalize_row(parse_row(line), self.options.form)
+                check_readable(row)
             except (ValueError, RecursionError) as error:
                 row, details[at] = None, str(error)
             rows.append(row)

@@ -88,6 +88,14 @@ def row_text(row: dict) -> str:
     return "\n".join(dict.fromkeys(segments))
 
 
+def check_readable(row: dict) -> None:
+    """ValueError unless the row has the main keys of some stage; what is in them is looked at when it is trained on."""
+    is_preference = isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list)
+    if not (isinstance(row.get("text"), str) or isinstance(row.get("conversations"), list) or is_preference):
+        raise ValueError(f'no stage reads a row with the keys {list(row)}. It needs a "text", a list "conversations", or lists '
+                         '"chosen" and "rejected"; convert rows of other formats first.')
+
+
 def row_answers(row: dict) -> tuple[str, str]:
     """Return what two rows must share to be near-duplicates, however much else they share, such as a long passage.
 

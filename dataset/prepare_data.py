@@ -27,6 +27,7 @@ from dataset.contamination import build_index
 from dataset.download import HUBS, download, find_file, list_files
 from dataset.jsonl import find_shards
 
+FOREIGN = (".json", ".parquet", ".csv", ".tsv", ".txt")  # what convert reads and clean does not
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "preference", "text")
 
 
@@ -128,6 +129,10 @@ def run_convert(args: ConvertArgs) -> dict:
 
 def run_clean(args: CleanArgs) -> dict:
     """Clean the files into one."""
+    for path in args.files:
+        if path.lower().endswith(FOREIGN):
+            raise ValueError(f"{path}: clean reads .jsonl files. Turn it into one first: "
+                             f"python dataset/prepare_data.py convert {path} --out {Path(path).stem}.jsonl")
     shards = find_shards(args.files)
     if any(share < 1 for _, share in shards):
         raise ValueError("a share (FILE@0.4) is for training; clean the whole file.")

@@ -156,6 +156,7 @@ def test_nothing_is_left_behind_after_an_error(corpus, tmp_path, monkeypatch):
     (["convert", "{a}", "--out", "o.jsonl", "--split", "lines"], "--split lines: it is for .txt files, and none is given"),
     (["clean", "{a}", "--out", "o.jsonl", "--min_letters", "2"], "--min_letters 2.0: give a share"),
     (["clean", "{a}", "--out", "o.jsonl", "--num_proc", "-1"], "--num_proc -1"),
+    (["clean", "alpaca.json", "--out", "o.jsonl"], "convert alpaca.json --out alpaca.jsonl"),
     (["clean", "{a}@0.5", "--out", "o.jsonl"], "clean the whole file"),
     (["convert", "{a}", "--out", "o.jsonl"], "a.jsonl:69: not JSON"),
     (["download", "a", "b", "--sha256", "0"], "--sha256 is for one file, 2 are named"),
@@ -167,6 +168,18 @@ def test_mistakes_end_with_one_line(corpus, tmp_path, monkeypatch, argv, message
     said = str(caught.value)
     assert said.startswith("error: ") and message.replace("{a}", corpus[0][0]) in said and "\n" not in said
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_rows_that_no_stage_reads_go(tmp_path, capsys):
+    good = [{"text": "A sentence that is long enough to stay."}, chat("Who was it?", "The baker."),
+            {"chosen": chat("Q", "good")["conversations"], "rejected": chat("Q", "bad")["conversations"]}]
+    bad = [{"foo": "A sentence that is long enough, but where?"}, {"text": ["A list of sentences, long enough."]},
+           {"chosen": good[2]["chosen"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good, *bad]))
+    run("clean", tmp_path / "a.jsonl", "--out", tmp_path / "o.jsonl")
+    assert [row for _, row in read_rows(tmp_path / "o.jsonl")] == good
+    shown = capsys.readouterr().out
+    assert "| bad_row | 3 |" in shown and "a.jsonl:4 no stage reads a row with the keys ['foo']" in shown
 
 
 def test_convert_then_clean_as_a_user(tmp_path):
