@@ -180,8 +180,10 @@ class Talk:
         rest = rest.strip()
         if name in ("/reset", "/new"):
             self.messages = []
+            print("[the conversation is forgotten]")
         elif name == "/system" and rest:
             self.system, self.messages = rest, []
+            print(f"[system prompt: {rest}; the conversation is forgotten]")
         elif name == "/system":
             print(f"[system prompt: {self.system or 'none'}]")
         elif name == "/think" and rest in THINKING and self.chats:
@@ -191,7 +193,7 @@ class Talk:
         elif name == "/save" and rest:
             print("[there is nothing to save yet]")
         else:
-            print(HELP)
+            print(f"[not understood: {line}]\n{HELP}")
 
 
 def read_message():

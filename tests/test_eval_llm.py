@@ -67,7 +67,8 @@ def test_chat_keeps_a_bounded_history_and_forgets_on_request(out, monkeypatch, c
     eval_llm.main(flags(out, "--historys", "1"))
     contents = [[part.split("<|im_end|>")[0].split("\n", 1)[1] for part in text.split("<|im_start|>")[1:-1]] for text in seen]
     assert contents == [["one"], ["one", "a", "two"], ["two", "b", "three"], ["four"]]
-    assert capsys.readouterr().out.count("/reset ") == 2
+    out = capsys.readouterr().out
+    assert out.count("/reset ") == 2 and "[not understood: /what]\n" in out and "[the conversation is forgotten]" in out
 
 
 def test_commands_of_the_chat(out, tmp_path, monkeypatch, capsys):
@@ -84,7 +85,8 @@ def test_commands_of_the_chat(out, tmp_path, monkeypatch, capsys):
     assert [message["role"] for message in row["conversations"]] == ["system", "user", "assistant", "user", "assistant"]
     assert row["conversations"][-1] == {"role": "assistant", "content": "no", "reasoning_content": "\nwhy\n"}
     printed = capsys.readouterr().out
-    assert "nothing to save" in printed and "[system prompt: Be kind.]" in printed and printed.count("/think on|off") == 2
+    assert "nothing to save" in printed and "[system prompt: Be kind.]" in printed and "[system prompt: Be kind.; the " in printed
+    assert printed.count("/think on|off") == 2
 
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(out, monkeypatch, capsys):
