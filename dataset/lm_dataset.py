@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
 from dataset import token_cache
 from dataset.chat_format import check_conversation, encode_conversation, plain_encoder
 from dataset.jsonl import find_shards, in_share, iter_lines, parse_row
-from dataset.outputs import locked
+from dataset.outputs import locked, why_unwritable
 from dataset.packing import IGNORE
 from dataset.processes import WorkerPool
 from dataset.text_tokens import scramble
@@ -201,12 +201,16 @@ class TokenDataset:
         sources, cache_dir = find_shards(data_path), Path(cache_dir or DEFAULT_CACHE)
         common = dict(format=FORMAT_VERSION, encoder=type(encoder).__name__, max_seq_len=encoder.max_seq_len,
                       tokenizer=token_cache.tokenizer_sha256(encoder.tokenizer), bad_rows=encoder.bad_rows, **options)
-        hashes = [token_cache.file_sha256(path, cache_dir / "file_hashes") for path, _ in sources]
+        problem = why_unwritable(cache_dir)  # of no concern where all is cached
+        hashes = [token_cache.file_sha256(path, None if problem else cache_dir / "file_hashes") for path, _ in sources]
         names = [token_cache.fingerprint(**common, file=sha256, share=share)
                  for sha256, (_, share) in zip(hashes, sources, strict=True)]
         self.fingerprint = token_cache.fingerprint(caches=names)
         folders = [cache_dir / name for name in names]
-        one_builds = nullcontext() if all(map(Path.exists, folders)) else locked(cache_dir / self.fingerprint, BUILDING)
+        is_cached = all(map(Path.exists, folders))
+        if problem and not is_cached:
+            raise ValueError(f"no place for the token cache: {problem}. Choose another --cache_dir than {cache_dir}.")
+        one_builds = nullcontext() if is_cached else locked(cache_dir / self.fingerprint, BUILDING)
         with one_builds, WorkerPool(encoder, num_proc) as pool:
             tables = [_open_or_encode(folder, pool, *source) for folder, source in zip(folders, sources, strict=True)]
         self._table = TokenTable.join(tables)

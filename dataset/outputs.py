@@ -11,6 +11,7 @@ import lzma
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,20 @@ def locked(path: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def why_unwritable(folder: Path) -> str:
+    """Return "", or "... cannot be written (reason)" if no files can be made in a folder, or where it would be made.
+
+    It is tried: root may write to all folders, but not on read-only disks, nor in /proc.
+    """
+    there = folder
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryDirectory(prefix=".probe-", dir=there).cleanup()
+    except OSError as error:
+        return f"{there} cannot be written ({error.strerror or error})"
+    return ""
 
 
 def check_name(path: str | Path) -> None:

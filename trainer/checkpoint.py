@@ -24,8 +24,11 @@ import torch
 from safetensors import SafetensorError
 
 from model.native_format import load_strictly, read_state
+from trainer.weights import related_runs
 
 STATE_ONLY = ("training_state.pt", "progress.json", "manifest.json")
+PUBLISHED = ("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json",
+             "chat_template.jinja")
 
 
 class Checkpoint:
@@ -34,7 +37,8 @@ class Checkpoint:
     `args`: the stage's dataclass; `fingerprint`: of the data. Both must be the same when the run is resumed, apart
     from the flags that `args.FREE` lists. With --from_resume the checkpoint to go on from is chosen here and now.
 
-    ValueError if all are damaged, or if the data or a flag that matters has changed.
+    ValueError if all are damaged, if the data or a flag that matters has changed, or if only a run of that name and another
+    shape can be gone on with.
     """
 
     def __init__(self, folder, args, run, model, tokenizer, optimizer, fingerprint):
@@ -44,6 +48,8 @@ class Checkpoint:
         self.writer, self.failure = None, None
         self.rows_per_step = args.batch_size * args.accumulation_steps * run.ranks.world_size
         self.is_resumed = False  # whether the checkpoints in the folder are this run's
+        self.must_replace = args.overwrite  # what is in the folder, once
+        self.is_restarted = args.from_resume and run.ranks.has_begun(self.folder)
         self.found = run.ranks.from_first(self.find) if args.from_resume else None
         if self.found:
             self.compare(self.found[1], self.found[0])
@@ -152,19 +158,31 @@ class Checkpoint:
 
         ValueError if all are damaged.
         """
-        problems = []
-        for _, path in self.steps():
+        problems, steps = [], self.steps()
+        for _, path in steps:
             problem = damage(path)
             if problem is None:
                 self.publish(path)  # a run may have been killed between the two
                 return path, json.loads((path / "progress.json").read_text())
             problems.append(problem)
-            print(f"warning: {problem}; falling back on the checkpoint before it")
+            if path != steps[-1][1]:
+                print(f"warning: {problem}; falling back on the checkpoint before it")
         if problems:
             raise ValueError(f"nothing to resume from in {self.folder / 'checkpoints'}: {'; '.join(problems)}. "
-                             "Delete that folder and start again without --from_resume")
-        print(f"warning: --from_resume finds no checkpoint in {self.folder / 'checkpoints'}: starting from the beginning")
+                             f"Delete that folder and start again without --from_resume; the weights published in {self.folder} "
+                             "can still serve --from_weight, if they are intact")
+        self.begin_without()
         return None
+
+    def begin_without(self):
+        """Say that there is no checkpoint; ValueError if the flags seem to lack the shape of a run that has some."""
+        same, close = related_runs(self.folder, self.args.save_weight)
+        if same and not self.is_restarted:
+            raise ValueError(f"--from_resume finds no checkpoint in {self.folder / 'checkpoints'}, but {listed(same)}: to go on "
+                             "with it, its shape flags (--preset, --hidden_size, ...) must be given again. "
+                             "Leave --from_resume out to begin a new run")
+        print(f"warning: --from_resume finds no checkpoint in {self.folder / 'checkpoints'}: starting from the beginning"
+              f"{f' (but {listed(close)}: was that meant?)' if close else ''}")
 
     def restore(self):
         """Load the newest whole checkpoint into model, optimizer, scaler and guard; all ranks call together.
@@ -173,8 +191,9 @@ class Checkpoint:
         run that was there before is deleted now: everything else that could refuse to begin has been asked.
         """
         self.wait()
-        if self.args.overwrite and not self.is_resumed:
+        if self.must_replace:
             self.run.ranks.from_first(self.delete_former_run)
+            self.must_replace = False
         self.run.ranks.begin(self.folder)
         found, self.found = self.found or (self.is_resumed and self.run.ranks.from_first(self.find)), None
         if not found:
@@ -194,15 +213,20 @@ class Checkpoint:
         return progress["step"], progress["targets"]
 
     def delete_former_run(self):
-        """Delete the checkpoints and the record of an earlier run of this name; its weights stay until ours replace them."""
+        """Delete the checkpoints, the record and the weights of an earlier run of this name.
+
+        By now the weights have been read, should --from_weight name them. They must not pass for those of the new run.
+        """
         old = self.folder / ".replaced"
         shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
         if (self.folder / "checkpoints").is_dir():
             (self.folder / "checkpoints").rename(old)  # at once: a part of them must never be resumed from
             shutil.rmtree(old)
-        shutil.rmtree(self.folder / "bad_steps", ignore_errors=True)
-        for name in ("metrics.jsonl", "loss.png"):
-            (self.folder / name).unlink(missing_ok=True)
+        for name in ("bad_steps", "tensorboard"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for pattern in ("metrics.jsonl", "loss.png", *PUBLISHED):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def compare(self, progress, path):
         """ValueError if the run that wrote `progress` would have gone on differently from this one; take over its batch."""
@@ -226,6 +250,11 @@ class Checkpoint:
         if changed:
             raise ValueError(f"{path} cannot be resumed, because something changed: {', '.join(changed)}. "
                              "Set it back, or start a new run without --from_resume under another --save_weight")
+
+
+def listed(runs):
+    """[(name, updates done)] as words."""
+    return ", ".join(f"{name} has step {step}" for name, step in runs)
 
 
 def damage(path):

@@ -43,7 +43,7 @@ class NonFiniteGuard:
             raise FloatingPointError(
                 f"{count} steps in a row had a loss or gradient that is not finite, "
                 f"{'with half the learning rate too' if was_there else 'and there is no checkpoint to go back to'}. "
-                f"Their rows are in {record.folder / 'bad_steps'}. Look at them, lower --learning_rate, or use --dtype float32"
+                f"Their rows are in {record.folder / 'bad_steps'}. {cure(record.run)}"
                 f"{'; the checkpoints are from before' if was_there else ''}")
         self.in_a_row, self.went_back, self.learning_rate_share = 0, True, LOWER
         record.go_back(step, targets)
@@ -57,12 +57,21 @@ class NonFiniteGuard:
         self.__dict__.update(state)
 
 
-def write_bad_rows(folder, tokenizer, micro_batches, step, ranks, loss, grad_norm):
+def cure(run):
+    """What to do about steps that are not finite, a sentence without its end."""
+    if run.dtype == torch.float32:
+        return "Look at them, or lower --learning_rate"
+    return "Look at them, lower --learning_rate, or use --dtype float32"
+
+
+def write_bad_rows(folder, tokenizer, micro_batches, step, run, loss, grad_norm):
     """Write the texts of a bad step to `folder`/bad_steps/step-N-rank-R.jsonl, one document a line; returns what to say.
 
+    `step` is the number of the update, from 1, as in metrics.jsonl; once the run has gone back the name is step-N-again-rank-R.
     Each rank writes its own, and deletes those of its older bad steps that are more than KEPT.
     """
-    path, lines = folder / "bad_steps" / f"step-{step}-rank-{ranks.rank}.jsonl", []
+    ranks, name = run.ranks, f"step-{step}-again" if run.guard.went_back else f"step-{step}"
+    path, lines = folder / "bad_steps" / f"{name}-rank-{ranks.rank}.jsonl", []
     for number, micro in enumerate(micro_batches):
         starts = torch.nonzero(micro["position_ids"].flatten() == 0).flatten().tolist()
         ids, targets = micro["input_ids"].flatten(), (micro["labels"] != -100).flatten()
@@ -76,5 +85,5 @@ def write_bad_rows(folder, tokenizer, micro_batches, step, ranks, loss, grad_nor
         ours = sorted(path.parent.glob(f"step-*-rank-{ranks.rank}.jsonl"), key=lambda file: file.stat().st_mtime_ns)
         for old in ours[:-KEPT]:
             old.unlink()
-    named = path if ranks.world_size == 1 else path.with_name(f"step-{step}-rank-*.jsonl")
+    named = path if ranks.world_size == 1 else path.with_name(f"{name}-rank-*.jsonl")
     return f"step {step}: loss {loss}, gradient norm {grad_norm}: not applied; its rows are in {named}"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from trainer.checkpoint import flush
 from trainer.costs import peak_flops, step_work, training_flops
+from trainer.guard import cure
 from trainer.metrics import plot_curve, read_metrics, write_json, writing
 from trainer.tracker import open_tracker
 
@@ -160,15 +161,15 @@ def finish(folder, args, run):
 
     FloatingPointError if it ended in a series of bad steps before anything was saved.
     """
-    bad, cure = run.guard.in_a_row, "Look at them, lower --learning_rate, or use --dtype float32"
+    bad = run.guard.in_a_row
     if bad and not run.saved:
         raise FloatingPointError(f"the last {bad} steps had a loss or gradient that is not finite, and nothing was saved before "
-                                 f"them. Their rows are in {folder / 'bad_steps'}. {cure}")
+                                 f"them. Their rows are in {folder / 'bad_steps'}. {cure(run)}")
     if not run.ranks.is_first:
         return
     if bad:
         print(f"warning: the last {bad} steps had a loss or gradient that is not finite: the weights are those of the checkpoint "
-              f"before them, step {run.saved}. Their rows are in {folder / 'bad_steps'}. {cure}")
+              f"before them, step {run.saved}. Their rows are in {folder / 'bad_steps'}. {cure(run)}")
     plot_curve(folder)
     if args.json:
         last = {name: value for row in read_metrics(folder / "metrics.jsonl") for name, value in row.items()}

@@ -90,7 +90,7 @@ def main(argv=None):
                 loss = run.sum(loss)
                 grad_norm = run.clip_and_step(model, optimizer, loss)
                 if run.guard.in_a_row:  # not finite, not applied
-                    record.say(write_bad_rows(folder, tokenizer, micro_batches, step, run.ranks, loss, grad_norm))
+                    record.say(write_bad_rows(folder, tokenizer, micro_batches, step + 1, run, loss, grad_norm))
                     if run.guard.is_exhausted:
                         steps.go_back(run.guard.go_back(checkpoint, record))
                         continue

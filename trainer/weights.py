@@ -1,10 +1,12 @@
 """Which network a stage starts from: a preset from nothing, a run by its name, a checkpoint folder, or a .pth file."""
 
-import os
+import difflib
+import re
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from dataset.outputs import why_unwritable
 from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,14 +94,31 @@ def run_folder(args, config, ranks=None):
     folder = Path(args.save_dir) / f"{args.save_weight}_{shape_name(config)}"
     if ranks and ranks.has_begun(folder):
         args.from_resume, args.overwrite = True, False
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)) and not args.inspect:
-        raise ValueError(f"{there} cannot be written: choose another --save_dir, or give back the right to write there")
-    steps = [int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")]
-    if steps and not (args.from_resume or args.overwrite or args.inspect):
-        raise ValueError(f"{folder} holds a run, {max(steps)} updates long: go on with it (--from_resume), "
+    if problem := "" if args.inspect else why_unwritable(folder):
+        raise ValueError(f"{problem}: choose another --save_dir than {args.save_dir}, or give back the right to write there")
+    step = newest_step(folder)
+    if step is not None and not (args.from_resume or args.overwrite or args.inspect):
+        raise ValueError(f"{folder} holds a run, {step} updates long: go on with it (--from_resume), "
                          "choose another name (--save_weight), or replace it (--overwrite)")
     return folder
+
+
+def newest_step(folder):
+    """Updates done in the newest checkpoint of a run's folder; None if it has none."""
+    return max((int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")), default=None)
+
+
+def related_runs(folder, save_weight):
+    """Runs with checkpoints beside `folder`: those of the same --save_weight and another shape, and those of a close name.
+
+    Two lists of (folder's name, updates done).
+    """
+    steps = {path.name: newest_step(path) for path in sorted(folder.parent.glob("*")) if path != folder}
+    steps = {name: step for name, step in steps.items() if step is not None}
+    shape = "|".join([r"\d+x\d+(_moe)?", *map(re.escape, PRESETS)])
+    same = [name for name in steps if re.fullmatch(f"{re.escape(Path(save_weight).name)}_({shape})", name)]
+    close = difflib.get_close_matches(folder.name, steps, cutoff=0.8)
+    return [(name, steps[name]) for name in same], [(name, steps[name]) for name in close]
 
 
 def legacy_config(args, device, vocab_size):

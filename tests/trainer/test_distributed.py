@@ -149,12 +149,12 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(config, flags, tmp_pa
     options = dict(max_steps=8, epochs=20, max_seq_len=32, save_interval=8, val_interval=8)
     more = ["--deepspeed", f"trainer/{config}.json"] if config else []
     out = run_ranks(2, "pretrain", [*flags(**options), *more], poison=(1, 5))
-    assert f"its rows are in {tmp_path / 'out' / NAMES['pretrain'] / 'bad_steps' / 'step-5-rank-*.jsonl'}" in out
+    assert f"its rows are in {tmp_path / 'out' / NAMES['pretrain'] / 'bad_steps' / 'step-6-rank-*.jsonl'}" in out
     folder = tmp_path / "out" / NAMES["pretrain"]
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows if row["grad_norm"] is None] == [6]
     assert all(row["loss"] < 9 for row in rows)  # the weights are not poisoned
-    assert sorted(path.name for path in (folder / "bad_steps").iterdir()) == ["step-5-rank-0.jsonl", "step-5-rank-1.jsonl"]
+    assert sorted(path.name for path in (folder / "bad_steps").iterdir()) == ["step-6-rank-0.jsonl", "step-6-rank-1.jsonl"]
 
 
 @needs_deepspeed

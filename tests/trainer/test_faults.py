@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -167,8 +168,8 @@ def test_a_bad_step_is_not_applied_and_its_rows_are_written(flags, tmp_path, mon
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 9)) and rows[5]["grad_norm"] is None
     assert all(row["grad_norm"] for row in rows[:5] + rows[6:])
-    text = (folder / "bad_steps" / "step-5-rank-0.jsonl").read_text()
-    assert "make" in text and "not applied" in capsys.readouterr().out
+    text = (folder / "bad_steps" / "step-6-rank-0.jsonl").read_text()
+    assert "make" in text and "step 6: loss 8." in capsys.readouterr().out  # the number that metrics.jsonl has too
     state = torch.load(folder / "checkpoints" / "step-8" / "training_state.pt", weights_only=True)
     assert state["optimizer"]["state"][0]["step"] == 7  # updates that were applied
 
@@ -209,14 +210,19 @@ def test_what_the_guard_decided_is_resumed_too(flags, tmp_path, monkeypatch):
 
 def test_a_run_that_stays_bad_stops_and_keeps_the_good_checkpoint(flags, tmp_path, monkeypatch):
     Poison(monkeypatch, lambda step, share: step >= 5)
-    with pytest.raises(FloatingPointError, match=r"2 steps in a row .*half the learning rate too.*bad_steps.*--learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row .*half the learning rate too.*bad_steps.*--learning_rate"
+                                                 ) as error:
         train_pretrain.main(flags(max_steps=12, epochs=3, max_bad_steps=2))
+    assert "float32" not in str(error.value)  # which it is
     checkpoints = tmp_path / "out" / NAMES["pretrain"] / "checkpoints"
+    assert sorted(path.name for path in (checkpoints.parent / "bad_steps").iterdir()) == [
+        "step-6-again-rank-0.jsonl", "step-6-rank-0.jsonl", "step-7-again-rank-0.jsonl", "step-7-rank-0.jsonl"]
     assert [path.name for path in checkpoints.iterdir()] == ["step-4"]
     monkeypatch.undo()
     Poison(monkeypatch, lambda step, share: True)
     with pytest.raises(FloatingPointError, match="no checkpoint to go back to"):
-        train_pretrain.main(flags(save_dir=tmp_path / "other", max_steps=12, epochs=3, max_bad_steps=2))
+        train_pretrain.main([*flags(save_dir=tmp_path / "other", max_steps=12, epochs=3, max_bad_steps=2), "--overwrite"])
+    assert len(list((tmp_path / "other" / NAMES["pretrain"] / "bad_steps").iterdir())) == 2
 
 
 def test_a_stop_within_bad_steps_keeps_the_good_checkpoint(flags, tmp_path, monkeypatch, capsys):
@@ -249,10 +255,10 @@ def test_the_rows_of_few_bad_steps_are_kept(flags, tmp_path, monkeypatch):
     Poison(monkeypatch, lambda step, share: step in (1, 3, 5, 7))
     train_pretrain.main(flags(max_steps=9, epochs=3))
     names = [path.name for path in (tmp_path / "out" / NAMES["pretrain"] / "bad_steps").iterdir()]
-    assert sorted(names) == ["step-5-rank-0.jsonl", "step-7-rank-0.jsonl"]
+    assert sorted(names) == ["step-6-rank-0.jsonl", "step-8-rank-0.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "arguments.json", "step-0-rank-0.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "arguments.json", "step-1-rank-0.jsonl"])
 def test_a_full_disk_is_one_line(name, flags, monkeypatch):
     write_text = Path.write_text
 
@@ -290,12 +296,42 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(harm, name, f
 def test_a_folder_that_cannot_be_written_is_named_before_training(flags, tmp_path, monkeypatch):
     train_pretrain.main(flags())
     (tmp_path / "out" / "wrong_32x2").write_text("a file where the run's folder would be")
-    with pytest.raises(ValueError, match=r"wrong_32x2 cannot be written: choose another --save_dir"):
+    with pytest.raises(ValueError, match=r"wrong_32x2 cannot be written \(Not a directory\): choose another --save_dir than"):
         train_pretrain.main(flags(save_weight="wrong"))
     folder = tmp_path / "out" / NAMES["pretrain"]
-    monkeypatch.setattr("trainer.weights.os.access", lambda path, mode: path != folder)  # the tests may run as root
+    deny(monkeypatch, folder)
     with pytest.raises(ValueError, match=r"pretrain_32x2 cannot be written"):
         train_pretrain.main([*flags(), "--from_resume"])
+
+
+def deny(monkeypatch, folder):
+    """Let no file be made in `folder`: the tests may run as root, whom permissions do not stop."""
+    mkdtemp = tempfile.mkdtemp
+
+    def refuse(suffix=None, prefix=None, dir=None):
+        if dir == folder:
+            raise OSError(30, "Read-only file system")
+        return mkdtemp(suffix, prefix, dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+
+
+def test_a_token_cache_that_cannot_be_written_is_named_before_any_text_is_encoded(flags, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"cache cannot be written \(Read-only file system\)\. "
+                                                                         r"Choose another --cache_dir than .*cache\.$"):
+        (tmp_path / "cache").mkdir()
+        deny(patch, tmp_path / "cache")
+        command(lambda: train_pretrain.main(flags()))
+    assert not list((tmp_path / "cache").iterdir())
+    train_pretrain.main(flags(max_steps=1))
+    deny(monkeypatch, tmp_path / "cache")
+    train_pretrain.main([*flags(max_steps=1), "--overwrite"])  # everything is cached
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_place_where_not_even_root_can_write_is_named(flags):
+    with pytest.raises(SystemExit, match=r"error: /proc cannot be written \(.*\): choose another --save_dir than /proc/nope"):
+        command(lambda: train_pretrain.main(flags(save_dir="/proc/nope")))
 
 
 def test_out_of_memory_ends_with_advice_that_can_be_followed(flags, tmp_path, monkeypatch):
@@ -402,7 +438,7 @@ def test_a_replaced_run_does_not_come_back_when_its_replacement_is_started_again
         patch.setattr(train_pretrain, "learning_rate_at", cut)
         train_pretrain.main([*flags(val_share=0), "--overwrite"])
     assert not list(folder.glob("checkpoints/*")) and not read_metrics(folder / "metrics.jsonl")
-    assert (folder / "model.safetensors").is_file()  # --from_weight may name it, and must find it again
+    assert not (folder / "model.safetensors").exists()  # it would pass for that of the new run
     capsys.readouterr()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train_pretrain.main([*flags(val_share=0), "--overwrite"])

@@ -207,8 +207,37 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(flags, tmp_path, 
     train_pretrain.main([*flags(max_steps=4), "--from_resume"])
     assert "finds no checkpoint" in capsys.readouterr().out
     (tmp_path / "out" / NAMES["pretrain"] / "checkpoints" / "step-4" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"nothing to resume from .*step-4 was never finished.*Delete that folder"):
+    with pytest.raises(ValueError, match=r"nothing to resume from .*step-4 was never finished.*Delete that folder"
+                                         r".*can still serve --from_weight"):
         train_pretrain.main([*flags(max_steps=4), "--from_resume"])
+    assert "falling back" not in capsys.readouterr().out  # on what?
+
+
+def test_a_run_that_is_resumed_without_its_shape_is_named(flags, tmp_path, monkeypatch, capsys):
+    for name in ("own_64x1", "own_big_tiny", "own2_32x2"):
+        (tmp_path / "out" / name / "checkpoints" / "step-31").mkdir(parents=True)
+    command = [*flags(save_weight="own", max_steps=1), "--from_resume"]
+    with pytest.raises(ValueError, match=r"but own_64x1 has step 31: to go on with it, its shape flags"):
+        train_pretrain.main(command)
+    with monkeypatch.context() as patch:  # a rank that died before the first save
+        patch.setattr("trainer.distributed.Ranks.has_begun", lambda *_: True)
+        train_pretrain.main(command)
+    assert "starting from the beginning (but own2_32x2 has step 31: was that meant?)" in capsys.readouterr().out
+
+
+def test_what_replaces_a_run_does_not_pass_for_it(flags, tmp_path, monkeypatch):
+    """Killed before the first save, also where it started from the weights that it replaces."""
+    train_pretrain.main(flags(max_steps=1))
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    (folder / "tensorboard" / "0").mkdir(parents=True)
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_pretrain, "learning_rate_at", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_pretrain.main([*flags(from_weight=folder, max_steps=1), "--overwrite"])
+    assert sorted(path.name for path in folder.iterdir()) == ["arguments.json", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("changes, message", [
