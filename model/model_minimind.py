@@ -410,7 +410,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             mask = attention_mask_for(attention_mask, doc_ids, (B, T), num_keys, num_past, x.device)
 
         inv_freq, attention_factor = rope_frequencies(self.config, x.device)
-        angles = (position_ids[..., None] * inv_freq).repeat(1, 1, 2)[:, :, None]  # B T 1 d
+        angles = position_ids[..., None] * inv_freq  # B T d/2
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # B T 1 d
         cos, sin = (angles.cos() * attention_factor).type_as(x), (angles.sin() * attention_factor).type_as(x)
         hidden_states, aux = [], []
         for layer in self.layers:
