@@ -9,7 +9,7 @@ Shape letters: B rows   V vocabulary   C candidates that truncation looks at
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -75,16 +75,14 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-class Constraint:
+class Constraint(Protocol):
     """What a request's `constraint` has to offer: a grammar, for example."""
 
     def mask(self):
         """Which tokens may come next: bool [V] on the CPU, True where allowed."""
-        raise NotImplementedError
 
     def accept(self, token):
         """Take note that `token` (int) was chosen."""
-        raise NotImplementedError
 
 
 def edit_logits(logits, params, prompt, answer, end_ids=()):
