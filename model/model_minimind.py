@@ -425,6 +425,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
             balance_losses=None if aux[0] is None else torch.stack(aux).mean(0))
 
 
+def kept_positions(hidden, keep):
+    """hidden [B, T, D] -> all of it (0), its last `keep` positions, those of the indices `keep`, or of a mask [B, T] [n, D]."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    return hidden[keep] if keep.dtype == torch.bool else hidden[:, keep]
+
+
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     """The language model: hidden states through the (tied) embedding matrix to next-token logits."""
 
@@ -437,7 +444,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, num_items_in_batch=None, use_cache=None, logits_to_keep=0, skip_logits=False,
+                labels=None, num_items_in_batch=None, use_cache=None, logits_to_keep=0, skip_logits=False, skip_nll=False,
                 output_hidden_states=False, output_attentions=False, output_router_logits=False, return_dict=True):
         """Next-token logits [B, T, V] and, with labels, the training loss.
 
@@ -446,8 +453,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         labels [B, T]: the ids themselves, -100 where nothing is to be learned; shifted here. The loss is the sum over
         targets divided by `num_items_in_batch`, the targets of the whole optimizer step (default: of this call), plus
         for mixtures of experts `router_aux_loss_coef` times the documents' balance losses, weighted by their targets.
-        logits_to_keep: only the last so many positions, or these indices. skip_logits: no logits, loss only; then the
-        head runs on target positions alone.
+        logits_to_keep: only the last so many positions, or these indices, or those that a bool mask [B, T] marks: then the
+        logits are [n, V]. skip_logits: no logits, loss only; then the head runs on target positions alone. skip_nll: the
+        loss is the balance losses' part alone, for a stage that makes the rest of the hidden states.
         """
         if output_attentions:
             raise ValueError("output_attentions: scaled_dot_product_attention does not keep the attention weights")
@@ -457,12 +465,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                          output_hidden_states, balance)
         hidden, loss, aux_loss = out.last_hidden_state, None, None
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = None if skip_logits else self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])
+        logits = None if skip_logits else self.lm_head(kept_positions(hidden, logits_to_keep))
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # B T
             num_targets = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = self.nll_sum(hidden, targets) / num_targets
+            loss = hidden.new_zeros(()) if skip_nll else self.nll_sum(hidden, targets) / num_targets
         if moe_training:
             doc_ids, num_docs = balance
             weight = (targets != -100).flatten() if labels is not None else torch.ones_like(doc_ids)
@@ -514,10 +521,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             raise ValueError(f"from_pretrained(folder, dtype=...) takes nothing else; got {[*args, *kwargs]}")
         config = MiniMindConfig(**read_config(folder))
         model = cls(config)
-        load_strictly(model, read_state(folder, config.num_experts), folder)
+        load_strictly(model, model.read_weights(folder), folder)
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(dtype or torch.float32).eval()
+
+    def read_weights(self, folder):
+        """The state dict, under our names, of a folder written by `save_pretrained`. Raises ValueError if it is damaged."""
+        return read_state(folder, self.config.num_experts)
 
     @classmethod
     def from_pth(cls, path, config):

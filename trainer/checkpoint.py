@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from model.native_format import load_strictly, read_state
+from model.native_format import load_strictly
 from trainer.weights import related_runs
 
 STATE_ONLY = ("training_state.pt", "progress.json", "manifest.json")
@@ -199,7 +199,7 @@ class Checkpoint:
         if not found:
             return 0, 0
         path, progress = found
-        weights = read_state(path, self.model.config.num_experts)
+        weights = self.model.read_weights(path)
         state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
         if self.run.engine:
             self.run.engine.load(weights, state["optimizer"])

@@ -29,11 +29,10 @@ from dataset.toy_world import write_world
 from trainer.arguments import TrainArgs, arg, check_share, command, parse_args
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation import validate, validation_sets
-from trainer.guard import write_bad_rows
-from trainer.optim import build_optimizer, learning_rate_at, set_learning_rate
-from trainer.record import RunRecord, finish
+from trainer.loop import Loop
+from trainer.optim import build_optimizer
 from trainer.run import Run
-from trainer.steps import Steps, count_targets
+from trainer.steps import count_targets
 from trainer.weights import load_model, run_folder
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -83,15 +82,13 @@ def main(argv=None):
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(batches)} steps on {run}, "
                 f"{batches.padding_share:.1%} of the positions are padding; {run.memory_advice(model)}")
         net = run.wrap(model, optimizer)
-        done, targets = checkpoint.restore()
-        steps, stopped = Steps(batches, done, args.num_workers, run.device), False
 
-        with RunRecord(folder, args, run, model, steps, done, targets, len(batches), data_fingerprint=training.fingerprint,
-                       arithmetic=checkpoint.arithmetic, shape=model.config.to_dict()) as record, run.signals:
-            for step, micro_batches in steps:
-                run.seed(step)
-                learning_rate = learning_rate_at(step, len(batches), args) * run.guard.learning_rate_share
-                set_learning_rate(optimizer, learning_rate)
+        def evaluate(index):
+            return validate(model, tokenizer, held_out, run, args, index)
+
+        with Loop(folder, args, run, model, optimizer, checkpoint, batches, training.fingerprint,
+                  evaluate if held_out else None) as loop:
+            for micro_batches in loop:
                 num_targets = run.sum(count_targets(micro_batches))  # of the whole step: all micro-batches of all ranks
                 loss = 0.0
                 for micro in micro_batches:
@@ -99,30 +96,7 @@ def main(argv=None):
                         part = net(**run.to_device(micro), num_items_in_batch=num_targets, skip_logits=True).loss
                         run.backward(part)
                     loss += part.detach()
-                loss = run.sum(loss)
-                grad_norm = run.clip_and_step(model, optimizer, loss)
-                if run.guard.in_a_row:  # not finite, not applied
-                    record.say(write_bad_rows(folder, tokenizer, micro_batches, step + 1, run, loss, grad_norm))
-                    if run.guard.is_exhausted:
-                        steps.go_back(run.guard.go_back(checkpoint, record))
-                        continue
-
-                done, is_last = step + 1, step + 1 == len(batches)
-                stopped = run.stop_asked() and not is_last
-                record.advance(done, num_targets, micro_batches, loss, learning_rate)
-                if done % args.log_interval == 0 or is_last:
-                    record.log(done, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
-                if held_out and (done % args.val_interval == 0 or is_last):
-                    scores, text = validate(model, tokenizer, held_out, run, args, index=done // args.val_interval)
-                    record.log(done, **scores)
-                    record.say(text)
-                if checkpoint.is_due(done, is_last or stopped):
-                    checkpoint.save(done, record.targets)
-                if stopped:
-                    break
-        checkpoint.wait()
-        run.end_if_stopped(stopped, folder, done)
-        finish(folder, args, run)
+                loop.update(run.sum(loss), num_targets, micro_batches)  # clip, step, log, validate, save
 
 
 if __name__ == "__main__":

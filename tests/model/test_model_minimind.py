@@ -321,6 +321,9 @@ def test_logits_to_keep_and_hidden_states():
     full = model(ids, output_hidden_states=True)
     assert_close(model(ids, logits_to_keep=3).logits, full.logits[:, -3:])
     assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, full.logits[:, [1, 4]])
+    marked = torch.zeros_like(ids, dtype=torch.bool)
+    marked[0, [0, 2]] = marked[1, 3] = True
+    assert_close(model(ids, logits_to_keep=marked).logits, full.logits[[0, 0, 1], [0, 2, 3]])
     assert len(full.hidden_states) == 3
     assert_close(model.lm_head(full.hidden_states[-1]), full.logits)
     embeds = model.get_input_embeddings()(ids)

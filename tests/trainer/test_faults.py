@@ -435,7 +435,7 @@ def test_a_replaced_run_does_not_come_back_when_its_replacement_is_started_again
         raise PowerCut
 
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(train_pretrain, "learning_rate_at", cut)
+        patch.setattr("trainer.loop.learning_rate_at", cut)
         train_pretrain.main([*flags(val_share=0), "--overwrite"])
     assert not list(folder.glob("checkpoints/*")) and not read_metrics(folder / "metrics.jsonl")
     assert not (folder / "model.safetensors").exists()  # it would pass for that of the new run

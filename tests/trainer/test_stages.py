@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import checkpoint as checkpoint_module
-from trainer import train_full_sft, train_pretrain
+from trainer import loop, train_full_sft, train_pretrain
 from trainer.metrics import read_metrics
 
 STAGES = {"pretrain": train_pretrain, "sft": train_full_sft}
@@ -98,18 +98,18 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, options, flags, tmp_path,
     class PowerCut(Exception):
         pass
 
-    step_of = STAGES[stage].learning_rate_at
+    step_of = loop.learning_rate_at
 
     def cut_at_7(step, *rest):
         if step == 6:
             raise PowerCut
         return step_of(step, *rest)
 
-    monkeypatch.setattr(STAGES[stage], "learning_rate_at", cut_at_7)
+    monkeypatch.setattr(loop, "learning_rate_at", cut_at_7)
     with pytest.raises(PowerCut):
         STAGES[stage].main(flags(stage, **options))
     again = []
-    monkeypatch.setattr(STAGES[stage], "learning_rate_at", lambda step, *rest: again.append(step) or step_of(step, *rest))
+    monkeypatch.setattr(loop, "learning_rate_at", lambda step, *rest: again.append(step) or step_of(step, *rest))
     STAGES[stage].main([*flags(stage, **options), "--from_resume"])
     assert again == list(range(4, 10))  # from the checkpoint after four updates, not from the beginning
     resumed = tmp_path / "out" / name
@@ -157,7 +157,7 @@ def test_low_precision_learns_keeps_float32_weights_and_resumes(dtype, flags, tm
 
 def test_a_finished_run_is_not_trained_again(flags, tmp_path, monkeypatch):
     train_pretrain.main(flags())
-    monkeypatch.delattr(train_pretrain, "learning_rate_at")
+    monkeypatch.delattr(loop, "learning_rate_at")
     before = weights(tmp_path / "out" / NAMES["pretrain"])
     train_pretrain.main([*flags(), "--from_resume"])
     assert_same(weights(tmp_path / "out" / NAMES["pretrain"]), before)
@@ -234,7 +234,7 @@ def test_what_replaces_a_run_does_not_pass_for_it(flags, tmp_path, monkeypatch):
     def cut(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_pretrain, "learning_rate_at", cut)
+    monkeypatch.setattr(loop, "learning_rate_at", cut)
     with pytest.raises(KeyboardInterrupt):
         train_pretrain.main([*flags(from_weight=folder, max_steps=1), "--overwrite"])
     assert sorted(path.name for path in folder.iterdir()) == ["arguments.json", "metrics.jsonl"]
