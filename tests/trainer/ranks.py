@@ -6,6 +6,7 @@ import socket
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ MAIN = {"pretrain": train_pretrain.main, "sft": train_full_sft.main}
 def run_ranks(count, stage, flags, seconds=120, poison=None, launcher=None, expected=0):
     """Train with `count` ranks; fails unless all end with the status `expected`. Returns what rank 0 prints.
 
-    poison: (rank, step) whose loss is made nan. launcher: (the port of a store that outlives us, as torchrun's does, and
-    what each rank is told of restarts).
+    stage: one of MAIN, or what follows train_ in the script's name. poison: (rank, step) whose loss is made nan. launcher:
+    (the port of a store that outlives us, as torchrun's does, and what each rank is told of restarts).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.train_full_sft", "trainer.train_pretrain"])
@@ -71,7 +72,7 @@ def one_rank(environment, stage, flags, poison, out):
         train_pretrain.Run.backward = lambda run, loss: backward(run, loss * float("nan") if (rank, run.step) == poison else loss)
     with open(out, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            command(lambda: MAIN[stage](flags))
+            command(lambda: (MAIN.get(stage) or import_module(f"trainer.train_{stage}").main)(flags))
         except SystemExit as end:
             print(end.code)
             raise
