@@ -80,7 +80,7 @@ class Level:
     offered_tools: int  # tools that a prompt offers at most
     pretrain_rows: int
     sft_rows: dict[str, int]  # per skill, both languages together
-    extra_rows: dict[str, int]  # lora, reason, dpo, rl, agent
+    extra_rows: dict[str, int]  # per stage: lora, tools, reason, dpo, rl, agent
 
 
 MINI = Level(
@@ -92,7 +92,7 @@ MINI = Level(
         "word_problems": 900, "facts": 700, "identity": 400, "multi_turn": 600, "tools": 500,
         "preferences": 400, "lookup": 800,
     },
-    extra_rows={"lora": 400, "reason": 1000, "dpo": 800, "rl": 1000, "agent": 300},
+    extra_rows={"lora": 400, "tools": 2000, "reason": 1000, "dpo": 800, "rl": 1000, "agent": 300},
 )  # fmt: skip
 
 FULL = Level(
@@ -106,7 +106,7 @@ FULL = Level(
         "units": 3000, "word_problems": 10_000, "facts": 12_000, "facts_read": 4000, "identity": 1500,
         "multi_turn": 4000, "tools": 5000, "preferences": 3000, "lookup": 4000,
     },
-    extra_rows={"lora": 400, "reason": 12_000, "dpo": 8000, "rl": 8000, "agent": 3000},
+    extra_rows={"lora": 400, "tools": 12_000, "reason": 12_000, "dpo": 8000, "rl": 8000, "agent": 3000},
 )  # fmt: skip
 
 LEVELS = {"mini": MINI, "full": FULL}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from dataset.chat_reply import parse_reply
 from dataset.toy_tools import run_tool
 
 MAX_TOOL_ROUNDS = 3
@@ -16,7 +17,6 @@ MARKER = re.compile(r"(?:answer|result)(?: is|:|：)|答案(?:是|为|：|:)|结
 CHINESE_NUMBER = re.compile(r"负?[零一二两三四五六七八九十百千万]+")
 DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两": 2}
 UNITS = {"十": 10, "百": 100, "千": 1000}
-TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 Generate = Callable[[list[dict], list[dict] | None], str]
 
@@ -127,45 +127,40 @@ def score(question: Question, reply: str) -> bool:
     return last_mention(reply, (answer, *map(normalise, question.choices))) == answer
 
 
-def parse_tool_calls(reply: str) -> list[tuple[str, dict]]:
-    """The (name, arguments) of all well-formed `<tool_call>` blocks of a reply; broken ones are left out."""
-    calls = []
-    for block in TOOL_CALL.findall(strip_thinking(reply)):
-        try:
-            call = json.loads(block)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict):
-            calls.append((call["name"], call["arguments"]))
-    return calls
+def assistant_message(reply: str, tools: bool) -> dict:
+    """A raw reply as a message, its tool calls as [{"name", "arguments": object}]; see `parse_reply`."""
+    message = parse_reply(reply, tools=tools)
+    calls = [call["function"] for call in message.pop("tool_calls", ())]
+    if calls:
+        message["tool_calls"] = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
+    return message
 
 
-def dialogue(question: Question) -> Generator[tuple[list[dict], list[dict] | None], str, tuple[bool, list[dict]]]:
+def dialogue(
+    question: Question, run=run_tool, max_rounds: int = MAX_TOOL_ROUNDS
+) -> Generator[tuple[list[dict], list[dict] | None], str, tuple[bool, list[dict]]]:
     """The conversation of a question: yields (messages, tools), is sent the assistant's raw reply to them, and in the
     end returns (was it answered rightly, the messages).
 
-    Tool calls in a reply are run and their results handed back, at most three times per turn; follow-up questions are
-    asked after the model's own replies. A question with tools is right only if the calls it needs were made, in
-    whatever spelling gives their result.
+    Tool calls in a reply are run, by `run(name, arguments) -> JSON`, and their results handed back, at most `max_rounds`
+    times per turn; follow-up questions are asked after the model's own replies. A question with tools is right only if
+    the calls it needs were made, in whatever spelling gives their result.
     """
-    messages, made, reply = list(question.messages), set(), ""
+    messages, made = list(question.messages), set()
     for turn in (None, *question.follow_ups):
         if turn is not None:
             messages.append({"role": "user", "content": turn})
-        for _ in range(MAX_TOOL_ROUNDS + 1):
+        for rounds_left in reversed(range(max_rounds + 1)):
             reply = yield list(messages), question.tools
-            calls = parse_tool_calls(reply) if question.tools else []
-            if not calls:
+            messages.append(assistant_message(reply, bool(question.tools)))
+            if "tool_calls" not in messages[-1] or not rounds_left:
                 break
-            tool_calls = [{"name": name, "arguments": arguments} for name, arguments in calls]
-            messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls})
-            for name, arguments in calls:
-                result = run_tool(name, arguments)
-                made.add((name, result))
+            for call in messages[-1]["tool_calls"]:
+                result = run(call["name"], call["arguments"])
+                made.add((call["name"], result))
                 messages.append({"role": "tool", "content": result})
-        messages.append({"role": "assistant", "content": strip_thinking(reply)})
-    needed = {(name, run_tool(name, arguments)) for name, arguments in question.calls}
-    return needed <= made and score(question, reply), messages
+    needed = {(name, run(name, arguments)) for name, arguments in question.calls}
+    return needed <= made and score(question, messages[-1]["content"]), messages
 
 
 def ask(question: Question, generate: Generate) -> tuple[bool, list[dict]]:
@@ -179,20 +174,30 @@ def ask(question: Question, generate: Generate) -> tuple[bool, list[dict]]:
             return end.value
 
 
-def ask_all(questions: Iterable[Question], generate_all) -> list[tuple[Question, bool]]:
-    """Hold all dialogues side by side: `generate_all([(messages, tools), ...])` returns their replies in order."""
-    questions = list(questions)
-    talks = [dialogue(question) for question in questions]
-    waiting, results = {i: next(talk) for i, talk in enumerate(talks)}, {}
+def hold_all(
+    questions: Iterable[Question], generate_all, run=run_tool, max_rounds: int = MAX_TOOL_ROUNDS
+) -> list[tuple[bool, list[dict]]]:
+    """Hold all dialogues side by side and return what each of them returns.
+
+    `generate_all([(messages, tools), ...])` gives the raw replies, in order.
+    """
+    talks = [dialogue(question, run, max_rounds) for question in questions]
+    waiting, ends = {i: next(talk) for i, talk in enumerate(talks)}, {}
     while waiting:
         replies = dict(zip(waiting, generate_all(list(waiting.values())), strict=True))
         for i, reply in replies.items():
             try:
                 waiting[i] = talks[i].send(reply)
             except StopIteration as end:
-                results[i] = end.value[0]
+                ends[i] = end.value
                 del waiting[i]
-    return [(question, results[i]) for i, question in enumerate(questions)]
+    return [ends[i] for i in range(len(talks))]
+
+
+def ask_all(questions: Iterable[Question], generate_all) -> list[tuple[Question, bool]]:
+    """Which of the questions are answered rightly; see `hold_all`."""
+    questions = list(questions)
+    return [(question, right) for question, (right, _) in zip(questions, hold_all(questions, generate_all))]
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import re
 from datetime import date, timedelta
 from fractions import Fraction
 
+from dataset.tools import Tool, ToolBox
 from dataset.toy_core import Call, Item, Level, Turn, op_key
 from dataset.toy_facts import COLOURS, NAME_MIDDLES, NAME_STARTS
 from dataset.toy_numbers import UNITS
@@ -66,17 +67,6 @@ TWO_CITIES = {
     "en": ("How warm is it in {x} and in {y}?", "In {x} and {y} it is {r} and {s} degrees."),
     "zh": ("{x}和{y}各多少度？", "{x}和{y}现在分别是 {r} 度和 {s} 度。"),
 }
-
-
-def tool_schemas(names: tuple[str, ...]) -> list[dict]:
-    """The JSON schemas of the named tools, in the shape that chat templates expect."""
-    schemas = []
-    for name in names:
-        description, arguments = SCHEMAS[name]
-        properties = {key: {"type": kind} for key, kind in arguments.items()}
-        parameters = {"type": "object", "properties": properties, "required": list(arguments)}
-        schemas.append({"type": "function", "function": {"name": name, "description": description, "parameters": parameters}})
-    return schemas
 
 
 def walk(node: ast.AST) -> Fraction:
@@ -148,17 +138,17 @@ def run_one(name: str, arguments: dict) -> dict:
     return {"count": arguments["word"].lower().count(arguments["letter"].lower())}
 
 
-def run_tool(name: str, arguments: dict) -> str:
-    """Runs a tool and returns its result as JSON; a wrong name or wrong arguments give {"error": ...}."""
-    if name not in SCHEMAS:
-        return json.dumps({"error": f"there is no tool {name}"}, ensure_ascii=False)
-    wanted = SCHEMAS[name][1]
-    if not isinstance(arguments, dict) or set(arguments) != set(wanted):
-        return json.dumps({"error": f"{name} takes exactly: {', '.join(wanted)}"}, ensure_ascii=False)
-    try:
-        return json.dumps(run_one(name, arguments), ensure_ascii=False)
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # by zero, or too large for a float
-        return json.dumps({"error": str(error)}, ensure_ascii=False)
+def toy_tool(name: str) -> Tool:
+    """A tool of the toy world as one of the registry's."""
+    description, arguments = SCHEMAS[name]
+    properties = {key: {"type": kind} for key, kind in arguments.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(arguments)}
+    schema = {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return Tool(schema, lambda **arguments: run_one(name, arguments))
+
+
+TOY_TOOLS = ToolBox(map(toy_tool, SCHEMAS), seconds=None)  # each of them ends soon by itself
+tool_schemas, run_tool = TOY_TOOLS.schemas, TOY_TOOLS.run
 
 
 def draw_expression(rng: random.Random) -> tuple[str, tuple[str, ...]]:

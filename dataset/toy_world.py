@@ -3,8 +3,9 @@
     python dataset/toy_world.py --level mini --out_dir dataset/toy_mini --seed 0
     python dataset/toy_world.py --level full --out_dir dataset/toy_full --seed 0
 
-Each stage gets `<stage>_train.jsonl` and `<stage>_heldout.jsonl`: pretrain, sft, lora, reason, dpo, rl, agent
-(formats: dataset.md). `meta.json` names level, seed, a hash of these sources and the rows of every file.
+Each stage gets `<stage>_train.jsonl` and `<stage>_heldout.jsonl`: pretrain, sft, lora, tools (conversations that call
+tools, with more different arguments than sft has), reason, dpo, rl, agent (formats: dataset.md). `meta.json` names
+level, seed, a hash of these sources and the rows of every file.
 
 What "held out" means: a stable hash of a canonical key decides, 15% of all keys, for every seed alike (see
 toy_core.py). No training file, the pretraining text included, contains a held-out pair of operands, list to
@@ -47,7 +48,7 @@ __all__ = [
 # What decides a world besides its level and seed: after any change of the generators old folders are written again.
 SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("toy_*.py")))).hexdigest()[:12]
 SPLITS = ("train", "heldout")
-STAGES = ("pretrain", "sft", "lora", "reason", "dpo", "rl", "agent")
+STAGES = ("pretrain", "sft", "lora", "tools", "reason", "dpo", "rl", "agent")
 CHAT_SHARE = 0.2  # of the conversations that are joined into longer ones
 REASON_SKILLS = ("arithmetic", "comparison", "sorting", "counting", "dates", "word_problems")
 RL_SKILLS = ("arithmetic", "comparison", "sorting", "counting", "dates", "units", "word_problems", "lookup")
@@ -221,10 +222,10 @@ def stage_rows(world: World, stage: str, split: str) -> Iterator[dict]:
     if stage == "pretrain":
         yield from pretrain_rows(world, split, int(level.pretrain_rows * size))
         return
-    make_row = {"sft": sft_row, "lora": sft_row, "reason": reason_row, "dpo": dpo_row, "rl": rl_row, "agent": agent_row}[stage]
+    make_row = {"reason": reason_row, "dpo": dpo_row, "rl": rl_row, "agent": agent_row}.get(stage, sft_row)
     skills = {
         "sft": tuple(level.sft_rows), "lora": ("lora_identity", "lora_facts"), "reason": REASON_SKILLS,
-        "dpo": DPO_SKILLS, "rl": RL_SKILLS, "agent": ("tools",),
+        "dpo": DPO_SKILLS, "rl": RL_SKILLS, "agent": ("tools",), "tools": ("tools",),
     }[stage]  # fmt: skip
     rng = random.Random(f"{world.seed}/{stage}/{split}/rows")
     waiting = []

@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 
-from dataset.toy_scorer import ask, parse_tool_calls, score
+from dataset.toy_scorer import ask, assistant_message, score
 from dataset.toy_tools import calculate, run_tool, tool_schemas
 from dataset.toy_world import agent_row, make_world, question_of_item, question_of_row, rl_row
 
@@ -75,11 +75,40 @@ def test_ask_needs_the_call_and_the_result():
 
 
 def test_broken_tool_calls_are_no_calls():
+    def calls(reply):
+        return assistant_message(reply, tools=True).get("tool_calls", [])
+
     good = '<tool_call>\n{"name": "get_time", "arguments": {"city": "X"}}\n</tool_call>'
-    assert parse_tool_calls(good + good) == [("get_time", {"city": "X"})] * 2
+    assert calls(good + good) == [{"name": "get_time", "arguments": {"city": "X"}}] * 2
     for block in ("{}", "{bad", "[1]", '{"name": 1, "arguments": {}}', '{"name": "get_time", "arguments": "Rome"}'):
-        assert parse_tool_calls(f"<tool_call>{block}</tool_call>") == []
-    assert parse_tool_calls(good[:-3]) == parse_tool_calls(f"<think>{good}") == []
+        assert calls(f"<tool_call>{block}</tool_call>") == []
+    assert calls(good[:-3]) == calls(f"<think>{good}") == []
+    assert "tool_calls" not in assistant_message(good, tools=False)
+
+
+def test_a_thought_before_a_call_goes_on_with_the_conversation():
+    item = item_of("tools")
+    script, heard = script_of(item), []
+
+    def generate(messages, tools):
+        heard.append([*messages])
+        return "<think>\nWhich tool?\n</think>\n\n" + script(messages, tools)
+
+    right, messages = ask(question_of_item(item), generate)
+    assert right and heard[1][-2]["reasoning_content"] == "Which tool?" and heard[1][-2]["tool_calls"]
+    assert messages[-1] == {"role": "assistant", "content": item.turns[0].reply, "reasoning_content": "Which tool?"}
+
+
+def test_rounds_are_limited_and_the_last_calls_are_not_run():
+    item = item_of("tools")
+    asked = []
+
+    def generate(messages, tools):
+        asked.append(len(messages))
+        return script_of(item)(messages, tools)
+
+    right, messages = ask(question_of_item(item), generate)
+    assert not right and len(asked) == 4 and [message["role"] for message in messages].count("tool") == 3
 
 
 def test_rows_of_rl_and_agent_files_become_questions():
