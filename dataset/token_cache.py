@@ -37,6 +37,7 @@ class Report:
     rows_cut: int = 0  # used, but longer than max_seq_len
     rows_skipped: int = 0  # faulty, with bad_rows="skip"
     rows_no_target: int = 0  # left out: nothing to train on within max_seq_len
+    rows_too_long: int = 0  # left out: a pair with too little of its answers within max_seq_len, or not whole
     sequences: int = 0
     tokens: int = 0
     targets: int = 0

@@ -494,7 +494,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     def documents(ids, attention_mask, position_ids):
         """Which document each token belongs to: (ids [N], their number G); the last document is the padding's."""
         B, T = ids.shape
-        packed = position_ids is not None and attention_mask is None
+        packed = position_ids is not None and (attention_mask is None or attention_mask.dim() == 4)
         doc_ids = document_ids(position_ids.expand(B, T) if packed else torch.arange(T, device=ids.device).expand(B, T))
         num_docs = int(doc_ids[-1]) + 2
         if attention_mask is not None and attention_mask.dim() == 2:
