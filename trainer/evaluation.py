@@ -85,11 +85,17 @@ def sample(model, tokenizer, dataset, index, run, max_new_tokens=64):
     return tokenizer.decode(prompt), tokenizer.decode(out[0, len(prompt):])
 
 
-def toy_answers(engine, questions, enable_thinking=None, max_new_tokens=128):
-    """Put questions of the toy world to a model, greedily and many at once: [(question, answered rightly)]."""
+def toy_answers(engine, questions, enable_thinking=None, max_new_tokens=128, temperature=0.0, seed=0):
+    """Put questions of the toy world to a model, many at once: [(question, answered rightly)].
+
+    temperature: 0 takes the likeliest tokens; above, answers are sampled, each with a seed of its own.
+    """
     def replies(requests):
         prompts = [encode_prompt(engine.tokenizer, messages, tools, enable_thinking) for messages, tools in requests]
-        return greedy_texts(engine, prompts, max_new_tokens)
+        if not temperature:
+            return greedy_texts(engine, prompts, max_new_tokens)
+        how = [SamplingParams(temperature, max_tokens=max_new_tokens, seed=seed * 100_000 + i) for i in range(len(prompts))]
+        return [request.text for request in engine.generate(prompts, how)]
 
     return ask_all(questions, replies)
 

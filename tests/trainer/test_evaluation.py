@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.toy_world import heldout_questions, make_world
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer import evaluation
 from trainer.arguments import TrainArgs
 from trainer.evaluation import bits_per_byte, evaluation_engine, greedy_texts, sample, toy_answers
 from trainer.run import Run
@@ -79,3 +80,16 @@ def test_toy_benchmark_sees_right_and_wrong_answers(tokenizer, run, monkeypatch)
     assert all(text.endswith("<|im_start|>assistant\n") for text in seen)
     monkeypatch.setattr("trainer.evaluation.greedy_texts", lambda engine, prompts, number: ["-"] * len(prompts))
     assert not any(right for _, right in toy_answers(engine, questions))
+
+
+def test_sampled_answers_depend_on_the_seed_alone(tokenizer, run, monkeypatch):
+    questions = heldout_questions(make_world("mini"), 1)[:4]
+    engine, replies = evaluation_engine(tiny_model(tokenizer), tokenizer, run), []
+    ask_all = evaluation.ask_all
+    monkeypatch.setattr(evaluation, "ask_all", lambda asked, generate: ask_all(
+        asked, lambda requests: replies.append(generate(requests)) or replies[-1]))
+    for seed in (1, 1, 2):
+        replies.append(seed)
+        toy_answers(engine, questions, max_new_tokens=6, temperature=1.0, seed=seed)
+    first, again, other = (replies[i + 1] for i, x in enumerate(replies) if isinstance(x, int))
+    assert first == again != other and len(first) == 4
