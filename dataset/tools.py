@@ -184,7 +184,7 @@ def load_tools(path: str | Path) -> ToolBox:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
         where = f"{path}:{lines[-1]}" if lines else path  # a SyntaxError says the line itself
         raise ValueError(f"{where}: {type(error).__name__}: {error}. Put that right; then the tools can be loaded.") from error
