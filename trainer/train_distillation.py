@@ -168,7 +168,8 @@ class StudentAnswers:
         rows = pack([len(one["input_ids"]) for one in documents], self.args.max_seq_len, self.args.seed, step)
         both = []
         for labels in ("labels", "data_labels"):
-            filled = [[{"input_ids": documents[i]["input_ids"], "labels": documents[i][labels]} for i in row] for row in rows]
+            filled = [[{"input_ids": documents[i]["input_ids"].numpy(), "labels": documents[i][labels].numpy()} for i in row]
+                      for row in rows]
             both.append(collate(filled, self.args.max_seq_len, max(1, len(rows)), self.pad_id))
         return both[0] | {"data_labels": both[1]["labels"]}
 
@@ -251,7 +252,8 @@ def main(argv=None):
         teachers_scores = {
             f"val_bpb/{name}_teacher": bits_per_byte(teacher, tokenizer, view, run, args.max_seq_len, args.batch_size)["bpb"]
             for name, view in held_out.items()}
-        run.say("; ".join(f"{name}: {bpb:.4f}" for name, bpb in teachers_scores.items()))
+        for name, bpb in teachers_scores.items():
+            run.say(f"{name}: {bpb:.4f}")
 
         def evaluate(index):
             scores, text = validate(model, tokenizer, held_out, run, args, index)
