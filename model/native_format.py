@@ -7,6 +7,8 @@
 | mixture of experts without q/k norm, renormalised top-k, shared expert or not | `granitemoeshared` |
 | anything else | `minimind`: our own names, with the model's two files beside them for `trust_remote_code` |
 
+A reward model (`reward_model.py`) is written as the `...ForSequenceClassification` of the first three, with one label.
+
 Everything here is a renaming; no number changes. `MiniMindForCausalLM.save_pretrained` and `.from_pretrained` call it.
 """
 
@@ -27,6 +29,7 @@ NATIVE_TYPES = {
     "granitemoeshared": "GraniteMoeSharedForCausalLM",
     "minimind": "MiniMindForCausalLM",
 }
+WITH_CLASSIFIER = ("llama", "qwen3", "qwen3_moe")  # those that have a ...ForSequenceClassification in transformers
 SAME_NAME = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range", "use_cache",
@@ -50,6 +53,14 @@ def native_type(config):
     if not config.qk_norm and config.norm_topk_prob and config.head_dim * config.num_attention_heads == config.hidden_size:
         return "granitemoeshared"
     return "minimind"
+
+
+def check_classifier(config):
+    """ValueError unless transformers has a sequence classifier that computes what a reward model of this shape does."""
+    if native_type(config) not in WITH_CLASSIFIER:
+        raise ValueError(f"transformers has no sequence classifier of the type {native_type(config)}, so a reward model of "
+                         f"this shape could not be saved; it has {', '.join(WITH_CLASSIFIER)}: start from a network without "
+                         "shared expert, such as minimind-3 or minimind-3-moe")
 
 
 def native_config(config, dtype):
@@ -200,13 +211,19 @@ def replace_file(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_folder(model, folder, state=None):
-    """Write config.json, generation_config.json and model.safetensors of the standard architecture into `folder`."""
+def write_folder(model, folder, state=None, is_classifier=False):
+    """Write config.json, generation_config.json and model.safetensors of the standard architecture into `folder`.
+
+    is_classifier: it is the architecture's sequence classifier with one label, the reward, which generates nothing.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = to_native_state(state or model.state_dict(), model.config)
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
     config = native_config(model.config, next(iter(state.values())).dtype)
+    if is_classifier:
+        config |= {"architectures": [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")],
+                   "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     if config["model_type"] == "minimind":
         config = {**model.config.to_dict(), "architectures": config["architectures"], "dtype": config["dtype"], "auto_map": {
             "AutoConfig": "model_minimind.MiniMindConfig", "AutoModelForCausalLM": "model_minimind.MiniMindForCausalLM"}}
@@ -214,6 +231,8 @@ def write_folder(model, folder, state=None):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
     replace_file(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    if is_classifier:
+        return
     generation = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": config["pad_token_id"]}
     replace_file(folder / "generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n"))
 
@@ -266,7 +285,7 @@ def read_pth(path, num_experts=0):
 def load_strictly(model, state, where):
     """Copy `state` into `model`; every name and shape must fit, else ValueError that says which do not."""
     own = model.state_dict()
-    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+    if "lm_head.weight" in own and model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     wrong = [f"{name}: missing" for name in own if name not in state]
     wrong += [f"{name}: not part of this network" for name in state if name not in own]
