@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .model_lora import fold_adapters
 from .model_minimind import Attention, Experts, SwiGLU
 
 ROWS_HINT = 16  # what the blocked layout is chosen for
@@ -99,14 +100,15 @@ class PackedExperts(nn.Module):
 def for_decoding(model, dtype=torch.float32, int8=False):
     """A copy of the language model that decodes fast on the device it is on; later changes of `model` do not reach it.
 
-    On a CPU every linear layer is packed (float32) or, with int8, quantized. Elsewhere it is a copy in `dtype`.
+    On a CPU every linear layer is packed (float32) or, with int8, quantized. Elsewhere it is a copy in `dtype`. Adapters that
+    are switched on are merged into it.
     ValueError if int8 is asked for on another device: it makes a CPU faster, nothing else.
     """
     if model.device.type != "cpu":
         if int8:
             raise ValueError(f"int8 weights make a CPU faster, and this model is on {model.device}: leave int8 out")
-        return copy.deepcopy(model).to(dtype).eval()
-    twin, linear = copy.deepcopy(model).float().eval(), Int8Linear if int8 else PackedLinear
+        return fold_adapters(copy.deepcopy(model)).to(dtype).eval()
+    twin, linear = fold_adapters(copy.deepcopy(model).float()).eval(), Int8Linear if int8 else PackedLinear
     packed = {Attention: PackedAttention, SwiGLU: PackedSwiGLU, Experts: PackedExperts}
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
