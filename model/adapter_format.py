@@ -209,9 +209,10 @@ def write_adapter(folder, layers, settings, config, base, all_layers, metadata):
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     everything = {native_name(layer, kind) for layer in all_layers}
     experts = {layer for layer in layers if is_expert_weight(layer)}
+    alpha = int(settings.alpha) if settings.alpha % 1 == 0 else settings.alpha  # some readers want a whole number
     fields = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=settings.rank,
-        lora_alpha=settings.alpha, lora_dropout=settings.dropout, use_rslora=settings.use_rslora, use_dora=settings.use_dora,
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=settings.rank, lora_alpha=alpha,
+        lora_dropout=settings.dropout, use_rslora=settings.use_rslora, use_dora=settings.use_dora,
         target_modules=short_names(layers.keys() - experts, {layer for layer in everything if not is_expert_weight(layer)}),
         **patterns, bias="none", fan_in_fan_out=False, init_lora_weights=True, inference_mode=True)
     if experts:  # a name that older versions of PEFT do not know

@@ -28,7 +28,7 @@ from trainer.weights import related_runs
 
 STATE_ONLY = ("training_state.pt", "progress.json", "manifest.json")
 PUBLISHED = ("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json",
-             "chat_template.jinja")
+             "chat_template.jinja", "adapter_config.json", "adapter_model.safetensors")
 
 
 class Checkpoint:

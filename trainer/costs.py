@@ -81,15 +81,16 @@ def active_weights(config):
     return config.num_hidden_layers * layer, config.vocab_size * D
 
 
-def training_flops(config, positions, head_positions, pairs):
+def training_flops(config, positions, head_positions, pairs, is_frozen=False):
     """Floating-point operations of forward and backward.
 
-    A weight is one multiplication and one addition per position in the forward and twice that in the backward: 6. A
-    pair of positions is a query-key and a weight-value product of head_dim in each head, in each direction: 12.
+    A weight is one multiplication and one addition per position in the forward and twice that in the backward: 6. Frozen
+    weights have no gradients of their own: 4 (what is trained beside them is too small to count). A pair of positions is a
+    query-key and a weight-value product of head_dim in each head, in each direction: 12.
     """
     body, head = active_weights(config)
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6 * (body * positions + head * head_positions) + attention * pairs
+    return (4 if is_frozen else 6) * (body * positions + head * head_positions) + attention * pairs
 
 
 def elementwise_bytes(config, positions, targets):
@@ -105,16 +106,17 @@ def elementwise_bytes(config, positions, targets):
     return 4 * (positions * config.num_hidden_layers * layer + targets * 12 * config.vocab_size)
 
 
-def memory_bytes(config, params, positions, dtype, *, gradient_checkpointing=False, optimizer="adamw", zero_stage=0,
-                 world_size=1, offload_optimizer=False):
+def memory_bytes(config, params, positions, dtype, *, trained=None, gradient_checkpointing=False, optimizer="adamw",
+                 zero_stage=0, world_size=1, offload_optimizer=False):
     """Bytes on one device for a step: parameters, gradients, optimizer states, what backward needs of `positions`, logits.
 
     4 bytes each per parameter for itself, its gradient and each state (AdamW has two, Muon one for a matrix of a layer), 2
-    more where autocast keeps a copy. Ranks share the states at ZeRO stage 1, the gradients too at 2, the parameters too at 3
-    (Rajbhandari et al. 2020, figure 1). Per position and layer, in float32: the residual stream twice, and what the two norms
-    keep, nine widths; in the type of the products: query, key and value before and after rotation, attention's output, four
-    feed-forward widths. With checkpointing, a layer keeps its input, and one at a time all of that. Logits, their log-softmax
-    and two gradients of them: 16 per entry, for as many targets as positions.
+    more where autocast keeps a copy; gradient and states only for `trained` of them (default: all). Ranks share the states
+    at ZeRO stage 1, the gradients too at 2, the parameters too at 3 (Rajbhandari et al. 2020, figure 1). Per position and
+    layer, in float32: the residual stream twice, and what the two norms keep, nine widths; in the type of the products:
+    query, key and value before and after rotation, attention's output, four feed-forward widths. With checkpointing, a layer
+    keeps its input, and one at a time all of that. Logits, their log-softmax and two gradients of them: 16 per entry, for as
+    many targets as positions.
     """
     width, layers = 4 if dtype == torch.float32 else 2, config.num_hidden_layers
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * (4 if config.qk_norm else 3)
@@ -123,9 +125,10 @@ def memory_bytes(config, params, positions, dtype, *, gradient_checkpointing=Fal
         layer += width * 3 * config.num_experts_per_tok * config.hidden_size
     kept = layers * 4 * config.hidden_size + layer if gradient_checkpointing else layers * layer
 
-    states = 2 * params - (matrices_of_layers(config) if optimizer == "muon" else 0)
+    trained = params if trained is None else trained
+    states = 2 * trained - (min(trained, matrices_of_layers(config)) if optimizer == "muon" else 0)
     share = [world_size if zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    weights = (0 if offload_optimizer else 4 * states / share[0]) + 4 * params / share[1]
+    weights = (0 if offload_optimizer else 4 * states / share[0]) + 4 * trained / share[1]
     weights += params * (4 if dtype == torch.float32 else 6) / share[2]
     return int(weights + positions * (kept + 16 * config.vocab_size))
 
@@ -169,14 +172,14 @@ def container_limits(root):
                 yield int(limit.read_text()) - int(used.read_text()) + int(cached)
 
 
-def memory_advice(config, model, args, device, dtype, *, zero_stage=0, world_size=1, offload_optimizer=False):
+def memory_advice(config, model, args, device, dtype, *, trained=None, zero_stage=0, world_size=1, offload_optimizer=False):
     """(bytes that a step needs, bytes there are for it or None, a sentence for the user), with `model` on its device already.
 
     args: batch_size, accumulation_steps, max_seq_len, optimizer, gradient_checkpointing. Where the step will not fit, the
     sentence names flags under which it will. The numbers are of one device out of `world_size`.
     """
     params, free = model.num_parameters(), free_memory(device)
-    needs = step_needs(config, params, args, dtype, zero_stage=zero_stage, world_size=world_size,
+    needs = step_needs(config, params, args, dtype, trained=trained, zero_stage=zero_stage, world_size=world_size,
                        offload_optimizer=offload_optimizer)
     needed = needs(args.batch_size, args.gradient_checkpointing, args.max_seq_len)
     if free is None:

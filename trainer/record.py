@@ -79,7 +79,8 @@ class RunRecord:
         """Show that `step` updates are done, the last of them on `num_targets` target tokens of all ranks."""
         self.targets += int(num_targets)
         self.window["targets"] += num_targets
-        self.window["flops"] += training_flops(self.model.config, *step_work(micro_batches))
+        is_frozen = not all(x.requires_grad for x in self.model.parameters())
+        self.window["flops"] += training_flops(self.model.config, *step_work(micro_batches), is_frozen)
         if not self.speaks:
             return
         now = time.perf_counter()

@@ -93,7 +93,8 @@ class Run(Compute):
         """What a step will need of the device's memory, and what to change if that is not there: a sentence."""
         zero = read_config(self.args)["zero_optimization"] if self.args.deepspeed else {}
         sharing = {"zero_stage": zero.get("stage", 0), "world_size": self.ranks.world_size,
-                   "offload_optimizer": "offload_optimizer" in zero}
+                   "offload_optimizer": "offload_optimizer" in zero,
+                   "trained": sum(x.numel() for x in model.parameters() if x.requires_grad)}
         _, room, advice = memory_advice(model.config, model, self.args, self.device, self.dtype, **sharing)
         self.estimate = step_needs(model.config, model.num_parameters(), self.args, self.dtype, **sharing), room
         return advice

@@ -51,6 +51,7 @@ class Sharded:
         config = read_config(run.args)
         os.environ.setdefault("LOCAL_RANK", "0")  # a process that nobody launched lacks it, and DeepSpeed asks for it by name
         self.model, self.stage = model, config["zero_optimization"]["stage"]
+        self.trained = [name for name, x in model.named_parameters() if x.requires_grad]
         self.grouped = [list(group["params"]) for group in optimizer.param_groups]  # before they become flat
         self.hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self.engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config={
@@ -77,12 +78,12 @@ class Sharded:
         return norm
 
     def weights(self):
-        """All parameters, float32 on the CPU, by name: a call for all ranks together; {} but on the first."""
+        """All that is trained, float32 on the CPU, by name: a call for all ranks together; {} but on the first."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole = ((name, safe_get_full_fp32_param(x)) for name, x in self.model.named_parameters())
+        whole = ((name, safe_get_full_fp32_param(self.model.get_parameter(name))) for name in self.trained)
         state = {name: x.cpu().view(self.shape(name)) for name, x in whole if self.engine.global_rank == 0}
-        if state and self.model.config.tie_word_embeddings:
+        if "model.embed_tokens.weight" in state and self.model.config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state
 
@@ -108,8 +109,8 @@ class Sharded:
 
     def load(self, weights, optimizer_state):
         """Take over whole weights by name and an AdamW state_dict(), each rank its part."""
-        for name, x in self.model.named_parameters():
-            self.set(x, weights[name], None)
+        for name in self.trained:
+            self.set(self.model.get_parameter(name), weights[name], None)
         states = [optimizer_state["state"][index] for group in optimizer_state["param_groups"] for index in group["params"]]
         for x, state in zip((x for group in self.grouped for x in group), states, strict=True):
             for name in STATES:

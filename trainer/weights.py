@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dataset.outputs import why_unwritable
+from model.adapter_format import read_adapter_config
 from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +135,7 @@ def legacy_config(args, device, vocab_size):
 def find_weight(name, args, device):
     """The folder or .pth file that a name stands for: a path, or a run in args.save_dir. ValueError if there is none."""
     path, save_dir = Path(name), Path(args.save_dir)
+    refuse_adapter(path)
     if path.suffix == ".pth" or path.is_absolute() or (path / "config.json").is_file():
         return path  # the reader says what is wrong with it
     if SHAPE_FLAGS & args.given:
@@ -148,6 +150,17 @@ def find_weight(name, args, device):
     if found:
         raise ValueError(f"{name!r} fits {', '.join(run.name for run in found)} in {save_dir}: say which with --preset, "
                          "or give the folder")
+    for run in runs:
+        refuse_adapter(run)
     there = sorted(str(path.parent) for pattern in ("*", "*/*") for path in save_dir.glob(f"{pattern}/config.json"))
     raise ValueError(f"no weights are found as {name!r}: {save_dir} has no {wanted}, {'only ' if there else 'and no run at all'}"
                      f"{', '.join(there)}. Train that stage first, or give a checkpoint folder or .pth file")
+
+
+def refuse_adapter(folder):
+    """ValueError, with the way out, if a folder holds an adapter where a network is asked for."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_adapter_config(folder).get("base_model_name_or_path") or "BASE"
+        raise ValueError(f"{folder} is an adapter, a small change to a network, and not a network: give {base}, and the adapter "
+                         "as --adapter where there is that flag; or make one network of the two with "
+                         f"python scripts/merge_lora.py --from_weight {base} --adapter {folder}")
