@@ -164,3 +164,10 @@ def refuse_adapter(folder):
         raise ValueError(f"{folder} is an adapter, a small change to a network, and not a network: give {base}, and the adapter "
                          "as --adapter where there is that flag; or make one network of the two with "
                          f"python scripts/merge_lora.py --from_weight {base} --adapter {folder}")
+
+
+def take_template(tokenizer, adapters):
+    """Give a tokenizer that has no chat template that of an adapter's folder: an adapter may have taught a network to chat."""
+    for path in (Path(folder) / "chat_template.jinja" for folder in adapters):
+        if not tokenizer.chat_template and path.is_file():
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
