@@ -92,10 +92,11 @@ def toy_answers(engine, questions, enable_thinking=None, max_new_tokens=128, tem
     """
     def replies(requests):
         prompts = [encode_prompt(engine.tokenizer, messages, tools, enable_thinking) for messages, tools in requests]
-        if not temperature:
-            return greedy_texts(engine, prompts, max_new_tokens)
         how = [SamplingParams(temperature, max_tokens=max_new_tokens, seed=seed * 100_000 + i) for i in range(len(prompts))]
-        return [request.text for request in engine.generate(prompts, how)]
+        texts = [request.text for request in engine.generate(prompts, how)] if temperature else (
+            greedy_texts(engine, prompts, max_new_tokens))
+        opened = "<think>\n" if enable_thinking else ""  # by the prompt: a thought that never ends is no answer
+        return [opened + text for text in texts]
 
     return ask_all(questions, replies)
 
