@@ -16,8 +16,9 @@ from pathlib import Path
 from dataset.jsonl import find_shards, read_rows
 from dataset.lm_dataset import BAD_ROWS, ROOT, PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, pack
+from dataset.pair_dataset import PairDataset
 
-STAGES = {"pretrain": PretrainDataset, "sft": SFTDataset}
+STAGES = {"pretrain": PretrainDataset, "sft": SFTDataset, "pairs": PairDataset}
 
 
 def show_rows(dataset, tokenizer, count: int, out=None) -> None:
@@ -50,7 +51,7 @@ def packing_waste(dataset) -> float:
 
 def _stage_of(path: str) -> str:
     _, row = next(read_rows(find_shards(path)[0][0]))
-    return "sft" if "conversations" in row else "pretrain"
+    return "sft" if "conversations" in row else "pairs" if "chosen" in row else "pretrain"
 
 
 def main(argv=None) -> None:

@@ -4,6 +4,8 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
+VALIDATION = {"val_bpb": "validation (bits per byte)", "val_rewards/accuracies": "held-out pairs told apart rightly"}
+
 
 @contextmanager
 def writing(path, then=""):
@@ -36,7 +38,7 @@ def read_metrics(path):
 
 
 def plot_curve(folder):
-    """Draw loss and validation bits per byte of `folder`/metrics.jsonl against trained tokens, as loss.png there."""
+    """Draw loss and validation (VALIDATION) of `folder`/metrics.jsonl against trained tokens, as loss.png there."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,13 +50,15 @@ def plot_curve(folder):
     millions = [row["targets"] / 1e6 for row in train]
     left.plot(millions, [row["loss"] for row in train], color="0.6", linewidth=1, label="training loss")
     left.set_xlabel("target tokens (millions)")
-    left.set_ylabel("training loss (nats per token)")
+    logged = {name for row in rows for name in row}
+    kind = next((one for one in VALIDATION if any(name.startswith(one) for name in logged)), "val_bpb")
+    left.set_ylabel("training loss (nats per token)" if kind == "val_bpb" else "training loss")
     right = left.twinx()
-    names = sorted({name for row in rows for name in row if name.startswith("val_bpb")})
+    names = sorted(name for name in logged if name.startswith(kind))
     for color, name in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], names):
         points = [(row["targets"] / 1e6, row[name]) for row in rows if name in row]
         right.plot(*zip(*points), marker="o", markersize=3, color=color, label=name)
-    right.set_ylabel("validation (bits per byte)")
+    right.set_ylabel(VALIDATION[kind])
     handles = [handle for axis in (left, right) for handle in axis.get_legend_handles_labels()[0]]
     left.legend(handles, [handle.get_label() for handle in handles])
     left.set_title(Path(folder).name)

@@ -36,12 +36,13 @@ def find_checkpoints(save_dir):
 
 
 def read_folder(folder, save_dir):
-    """The RunFolder of a folder, or None if it holds no weights of ours."""
+    """The RunFolder of a folder, or None if it holds no weights of ours, or a reward model, which says nothing."""
     name = folder.relative_to(save_dir).as_posix()
     if (folder / "adapter_config.json").is_file() and any(folder.glob("adapter_model*")):
         base = find_base(folder, save_dir)
         return RunFolder(name, folder, "adapter", base is None or has_chat_template(base), base)
-    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+    says_nothing = "ForSequenceClassification" in str(read_json(folder / "config.json").get("architectures"))
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")) and not says_nothing:
         return RunFolder(name, folder, "model", has_chat_template(folder))
     return None
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dataset import inspect_rows
 from dataset.chat_format import encode_conversation, encode_prompt
-from dataset.inspect_rows import show_rows
 from dataset.packing import IGNORE
 from dataset.pair_dataset import (
     CHOSEN,
@@ -244,6 +244,8 @@ def test_ranks_share_the_pairs_of_a_step(world_size, pairs):
         assert all(x.grad is not None and not x.grad.any() for x in model.parameters())
 
 
-def test_inspecting_shows_both_answers(pairs, tokenizer, capsys):
-    show_rows(pairs([pair("Two?", "2", "3")]), tokenizer, 1)
+def test_inspecting_shows_both_answers(pairs, tokenizer, tmp_path, capsys):
+    inspect_rows.show_rows(pairs([pair("Two?", "2", "3")]), tokenizer, 1)
     assert "assistant\n⟦2<|im_end|>⟧\n⟦3<|im_end|>⟧" in capsys.readouterr().out
+    inspect_rows.main(["--inspect", str(write(tmp_path / "more.jsonl", [MANY[0]])), "--cache_dir", str(tmp_path / "cache")])
+    assert "assistant\n⟦Gladly! It is 0.<|im_end|>⟧\n⟦1<|im_end|>⟧" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from tests.trainer.ranks import run_ranks
 from trainer import loop, train_reward
 from trainer.metrics import read_metrics
 from trainer.reward_scores import score_conversations
+from trainer.run_folders import find_checkpoints
 
 MOE = dict(num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
 
@@ -44,6 +45,7 @@ def assert_same(a, b, **tolerance):
 def test_a_run_learns_and_transformers_finds_its_rewards(flags, tmp_path):
     folder, steps, validations = run(tmp_path, flags(max_steps=16, json=tmp_path / "figures.json"))
     assert folder.name == "reward_32x2" and not (folder / "generation_config.json").exists()
+    assert not find_checkpoints(tmp_path / "out") and (folder / "loss.png").is_file()  # nobody can chat with it
     assert steps[-1]["loss"] < 0.2 < 0.5 < steps[0]["loss"]
     assert [row["step"] for row in validations] == [0, 4, 8, 12, 16]
     assert validations[0]["val_loss/held_out"] > 0.5 and validations[-1]["val_loss/held_out"] < 0.2
