@@ -2,7 +2,9 @@
 
     python eval_llm.py                                       # chat in the terminal with out/full_sft_*
     python eval_llm.py --weight pretrain --prompt "Once"     # a pretrained model continues the text
+    python eval_llm.py --adapter out/lora_tiny               # with what an adapter has learned
     python eval_llm.py --weight full_sft --benchmark toy     # accuracy per skill, with chance level and 95% interval
+    python eval_llm.py --benchmark keyword --data_path dataset/lora_examples/medical_heldout.jsonl --adapter out/lora_medical_tiny
     python eval_llm.py --weight pretrain --benchmark bpb --data_path held_out.jsonl
 
 In the chat a line that ends with \\ goes on in the next one, and so does everything between two lines of three quotes;
@@ -22,16 +24,17 @@ sys.path.insert(0, str(ROOT))
 from dataset.chat_format import encode_prompt, normalize_conversation
 from dataset.jsonl import find_shards, read_rows
 from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.lora_examples import keyword_questions
 from dataset.toy_world import accuracy_table, format_table, heldout_questions, make_world
 from model.engine import Engine
-from model.model_lora import merge_adapter
+from model.model_lora import adapter_names, load_adapter, set_adapter
 from model.model_minimind import PRESETS
 from model.sampling import SamplingParams
 from trainer.arguments import arg, check_not_negative, check_positive, check_share, command, parse_args
 from trainer.evaluation import bits_per_byte, evaluation_engine, toy_answers
 from trainer.metrics import write_json
 from trainer.run import Compute
-from trainer.weights import read_weight
+from trainer.weights import read_weight, take_template
 
 TEST_PROMPTS = [
     "你是谁？", "Who are you?", "14 加 5 等于多少？", "What is 12 minus 7?", "把 9、2、5 从小到大排列。",
@@ -41,8 +44,8 @@ TEST_PROMPTS = [
 USED_BY = {
     ("",): {"prompt", "test_prompts", "system", "historys", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
             "int8", "show_speed"},
-    ("", "toy"): {"open_thinking", "max_new_tokens"}, ("toy",): {"toy_level", "limit"}, ("bpb",): {"data_path", "max_seq_len"},
-    ("toy", "bpb"): {"json"}}
+    ("", "toy", "keyword"): {"open_thinking", "max_new_tokens"}, ("toy",): {"toy_level", "limit"}, ("bpb",): {"max_seq_len"},
+    ("bpb", "keyword"): {"data_path"}, ("toy", "bpb", "keyword"): {"json"}}
 MAX_LEN = 8192  # tokens of a chat that the engine holds, where the model has more positions
 HELP = """Type a message; Ctrl-C stops an answer. A line that ends with \\ goes on in the next one, and
 three double quotes begin and end a block of lines. Commands:
@@ -50,6 +53,7 @@ three double quotes begin and end a block of lines. Commands:
 /system TEXT    set the system prompt and forget the conversation; without TEXT: show it
 /think on|off   think before answering, or answer at once; /think auto leaves it to the model
 /save FILE      append the conversation to FILE, as a row that can be trained on
+/adapter NAME   use this one of the adapters (or the sum of several); /adapter none: the bare network
 /exit           leave (or Ctrl-D)"""
 THINKING = {"on": True, "off": False, "auto": None}
 
@@ -58,7 +62,8 @@ THINKING = {"on": True, "off": False, "auto": None}
 class EvalArgs:
     weight: str = arg("full_sft", "which model: the name of a run in SAVE_DIR, a checkpoint folder, or a .pth file")
     save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
-    adapter: str = arg("", "folder of a LoRA adapter (PEFT format) to merge into the weights")
+    adapter: list[str] = arg([], "folder of a LoRA adapter (PEFT format) to merge into the weights; of several, the changes are "
+                                 "added up", nargs="+")
     preset: str = arg("", "which of the runs of that name; for a .pth file, its shape", choices=list(PRESETS))
     hidden_size: int | None = arg(None, "for a .pth file: width, in place of the preset's")
     num_hidden_layers: int | None = arg(None, "for a .pth file: layers, in place of the preset's")
@@ -77,8 +82,10 @@ class EvalArgs:
     repetition_penalty: float = arg(1.0, "above 1: tokens that were used become less likely")
     int8: bool = arg(False, "int8 weights: faster on a CPU, and a little less exact")
     show_speed: bool = arg(True, "print the tokens per second after each answer")
-    benchmark: str = arg("", "toy: accuracy per skill; bpb: bits per byte of --data_path", choices=["toy", "bpb"])
-    data_path: list[str] = arg([], "bpb: files of text or conversations, each scored by itself", nargs="+")
+    benchmark: str = arg("", "toy: accuracy per skill; bpb: bits per byte of --data_path; keyword: share of the questions "
+                             "of --data_path whose answer holds the row's keyword", choices=["toy", "bpb", "keyword"])
+    data_path: list[str] = arg([], "bpb: files of text or conversations, each scored by itself; keyword: of conversations with a "
+                                   "keyword", nargs="+")
     max_seq_len: int = arg(512, "bpb: tokens of a packed row")
     toy_level: str = arg("mini", "toy: which world", choices=["mini", "full"])
     limit: int = arg(40, "toy: questions of each skill")
@@ -95,8 +102,8 @@ class EvalArgs:
         check_not_negative(self, "temperature", "top_k", "historys", "seed")
         check_share(self, "min_p")
         check_positive(self, "max_new_tokens", "limit", "repetition_penalty")
-        if self.benchmark == "bpb" and not self.data_path:
-            raise ValueError("--benchmark bpb needs --data_path FILE")
+        if self.benchmark in ("bpb", "keyword") and not self.data_path:
+            raise ValueError(f"--benchmark {self.benchmark} needs --data_path FILE")
         if self.prompt is not None and self.test_prompts:
             raise ValueError("--prompt asks one question, --test_prompts a list of others: choose one")
         for benchmarks, names in USED_BY.items():
@@ -107,10 +114,12 @@ class EvalArgs:
 
 
 def load(args, device):
-    """(model, tokenizer, whether it chats) of --weight."""
+    """(model, tokenizer, whether it chats) of --weight, with every --adapter switched on."""
     model, tokenizer = read_weight(args.weight, args, device)
-    if args.adapter:
-        merge_adapter(model, args.adapter)
+    for folder in args.adapter:
+        load_adapter(model, folder, Path(folder).resolve().name.replace(".", "_"))
+    set_adapter(model, adapter_names(model))
+    take_template(tokenizer, args.adapter)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     chats = bool(tokenizer.chat_template) if args.mode == "auto" else args.mode == "chat"
     if chats and not tokenizer.chat_template:
@@ -188,6 +197,10 @@ class Talk:
             print(f"[system prompt: {self.system or 'none'}]")
         elif name == "/think" and rest in THINKING and self.chats:
             self.thinking = THINKING[rest]
+        elif name == "/adapter" and rest:
+            set_adapter(self.engine.model, None if rest == "none" else rest.split())
+            self.engine.refresh()
+            print(f"[adapter: {rest}]")
         elif name == "/save" and rest and self.messages:
             self.save(rest)
         elif name == "/save" and rest:
@@ -231,12 +244,15 @@ def chat(talk):
             print(f"[{error}]")
 
 
-def benchmark_toy(model, tokenizer, chats, args, run):
-    """Accuracy on held-out questions of the toy world, per skill and overall."""
+def benchmark_questions(model, tokenizer, chats, args, run):
+    """Accuracy on held-out questions of the toy world, per skill, or on those of files, for each, and overall."""
     if not chats:
-        raise ValueError("--benchmark toy asks questions in a chat, but this checkpoint was only pretrained; "
+        raise ValueError(f"--benchmark {args.benchmark} asks questions in a chat, but this checkpoint was only pretrained; "
                          "give a fine-tuned one, or measure this one with --benchmark bpb")
-    questions = heldout_questions(make_world(args.toy_level), args.limit)
+    if args.benchmark == "toy":
+        questions = heldout_questions(make_world(args.toy_level), args.limit)
+    else:
+        questions = [question for path in args.data_path for question in keyword_questions(path)]
     rows = accuracy_table(toy_answers(evaluation_engine(model, tokenizer, run), questions, args.open_thinking,
                                       args.max_new_tokens if "max_new_tokens" in args.given else 128))
     print(format_table(rows))
@@ -261,8 +277,8 @@ def main(argv=None):
     run = Compute(args)
     model, tokenizer, chats = load(args, run.device)
     if args.benchmark:
-        rows = (benchmark_toy(model, tokenizer, chats, args, run) if args.benchmark == "toy"
-                else benchmark_bpb(model, tokenizer, args, run))
+        rows = (benchmark_bpb(model, tokenizer, args, run) if args.benchmark == "bpb"
+                else benchmark_questions(model, tokenizer, chats, args, run))
         if args.json:
             write_json(args.json, {"weight": args.weight, "benchmark": args.benchmark, "rows": rows})
         return

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import eval_llm
+from model.model_lora import AdapterOnly, LoRASettings, add_adapter, merge_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,11 +116,59 @@ def test_a_conversation_that_is_too_long_is_said(out, monkeypatch, capsys):
     assert "20 is the most for prompt and answer" in capsys.readouterr().out
 
 
-def test_an_adapter_is_merged(out, tmp_path, monkeypatch):
-    merged = []
-    monkeypatch.setattr("eval_llm.merge_adapter", lambda model, folder: merged.append(folder))
-    eval_llm.main(flags(out, "--adapter", "some/folder", "--prompt", "hi"))
-    assert merged == ["some/folder"]
+def adapter(folder, base, seed):
+    """Save a random adapter of a network and return the folder."""
+    model, settings = MiniMindForCausalLM.from_pretrained(base), LoRASettings(rank=2, alpha=200)
+    torch.manual_seed(seed)
+    add_adapter(model, settings)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.add_(torch.randn_like(x) if x.requires_grad else 0)
+    AdapterOnly(model, settings, base).save_pretrained(folder)
+    return str(folder)
+
+
+def test_adapters_are_added_up_and_switched_in_the_chat(out, tmp_path, monkeypatch, capsys):
+    base = out / "full_sft_16x1"
+    one, two = (adapter(tmp_path / name, base, seed) for seed, name in enumerate(("one", "two.1")))
+    answers, generate = [], eval_llm.Talk.generate
+    monkeypatch.setattr(eval_llm.Talk, "generate", lambda talk, prompt: answers.append(generate(talk, prompt)) or answers[-1])
+    greedy = ("--temperature", "0", "--show_speed", "0")
+    expected = {}
+    for name, folders in (("none", []), ("one", [one]), ("two_1", [two]), ("one two_1", [one, two])):
+        eval_llm.main(flags(out, "--prompt", "hi", *greedy, *(["--adapter", *folders] if folders else [])))
+        expected[name] = answers.pop().sampled
+        merged = merge_adapter(MiniMindForCausalLM.from_pretrained(base), *folders)
+        prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        ids = torch.tensor([AutoTokenizer.from_pretrained(base)(prompt).input_ids])
+        text = merged.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[0, 2])[0, ids.shape[1]:].tolist()
+        assert expected[name] == text[:len(expected[name])]
+    assert len(set(map(tuple, expected.values()))) == 4
+    names = ["two_1", "none", "one", "one two_1", "three"]
+    type_lines(monkeypatch, "hi", *(line for name in names for line in (f"/adapter {name}", "/reset", "hi")), "/exit")
+    eval_llm.main(flags(out, *greedy, "--adapter", one, two))
+    assert [answer.sampled for answer in answers] == [expected[name] for name in ("one two_1", *names[:-1], "one two_1")]
+    said = capsys.readouterr().out
+    assert "[adapter: two_1]" in said and "[there is no adapter 'three'; there are: one, two_1]" in said
+
+
+def test_an_adapter_in_place_of_a_network_is_named(out, tmp_path):
+    folder = adapter(out / "lora_16x1", out / "full_sft_16x1", 0)
+    for name in ("lora", folder):
+        with pytest.raises(ValueError, match=r"lora_16x1 is an adapter.*give .*full_sft_16x1, and the adapter as --adapter"):
+            eval_llm.main(flags(out, "--weight", name, "--prompt", "hi"))
+
+
+def test_answers_are_searched_for_their_keyword(out, tmp_path, monkeypatch, capsys):
+    rows = [{"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "keyword": keyword,
+             "skill": skill} for keyword, skill in (("honey", "medical"), ("ice", "medical"), ("Nova", "identity"))]
+    data, figures = tmp_path / "rows.jsonl", tmp_path / "figures.json"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("trainer.evaluation.greedy_texts", lambda engine, prompts, most: ["Some Honey.", "Nice.", "I am Nova."])
+    eval_llm.main(flags(out, "--benchmark", "keyword", "--data_path", str(data), "--json", str(figures)))
+    found = {row["skill"]: row["accuracy"] for row in json.loads(figures.read_text())["rows"]}
+    assert found == {"medical": 0.5, "identity": 1.0, "overall": pytest.approx(2 / 3)}
+    assert "medical" in capsys.readouterr().out
 
 
 def test_one_shot_streams_and_prints_the_speed(out, capsys):
@@ -185,7 +234,7 @@ def test_what_cannot_work_says_why(out, written, message):
 
 @pytest.mark.parametrize("written, message", [
     (["--top_p", "0"], "--top_p 0.0"), (["--benchmark", "bpb"], "needs --data_path"),
-    (["--data_path", "x"], "--data_path has an effect with --benchmark bpb only"),
+    (["--data_path", "x"], "--data_path has an effect with --benchmark bpb or --benchmark keyword only"),
     (["--benchmark", "toy", "--prompt", "x"], "--prompt has an effect with talking only"),
     (["--limit", "3"], "--limit has an effect with --benchmark toy only"), (["--json", "x"], "--json has an effect with"),
     (["--test_prompts", "--prompt", "x"], "choose one"), (["--temperature", "-1"], "0 or more")])
