@@ -158,7 +158,8 @@ def test_own_tools_and_rows_that_only_say_what_the_answer_holds(folder, says, tm
     (tmp_path / "mine.py").write_text(MY_TOOLS)
     schema = {"name": "multiply", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
     system = {"role": "system", "content": "Be brief.", "tools": [schema]}
-    rows = [{"conversations": [system, {"role": "user", "content": f"{n}?"}], "gt": gt} for n, gt in enumerate((["372"], ["Rome", "372"], ["37"], ["372", "Paris"]))]
+    rows = [{"conversations": [system, {"role": "user", "content": "What?"}], "gt": gt}
+            for gt in (["372"], ["Rome", "372"], ["37"], ["372", "Paris"])]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = says(lambda prompt: "In Rome it is 372." if "<tool_response>" in prompt else block("multiply", {"a": 12, "b": 31}))
@@ -227,6 +228,7 @@ def test_calls_compare_as_bags():
 
 
 def test_values_in_a_text():
-    for value, text, found in (("5", "It is 5.", True), ("5", "It is 15.", False), ("5.0", "５", True), ("15", "一共十五个", True),
-                               ("05:40", "At 05:40.", True), ("Rome", "in rome", True), ("Rome", "Romeo", False)):
+    for value, text, found in (
+            ("5", "It is 5.", True), ("5", "It is 15.", False), ("5.0", "５", True), ("15", "一共十五个", True),
+            ("05:40", "At 05:40.", True), ("Rome", "in rome", True), ("Rome", "Romeo", False)):
         assert eval_toolcall.contains(text, value) == found, (value, text)
