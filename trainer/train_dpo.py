@@ -10,14 +10,16 @@ equations are in preference_losses.py: robust (some pairs are the wrong way roun
 (also single answers that are good or bad), and, without a reference, simpo and orpo. The loss is the mean over the pairs
 (kto: answers) of an optimizer step. The answers of a pair share their prompt, which is computed once: pair_dataset.py.
 
-    python trainer/train_dpo.py --save_dir out/quickstart            # about a minute on a CPU, toy world
-    python trainer/train_dpo.py --data_path pairs.jsonl.xz --learning_rate 2e-5 --sft_weight 0.2
+    python trainer/train_dpo.py --save_dir out/quickstart --max_seq_len 256 --batch_size 4 --epochs 2 \
+        --learning_rate 1e-4 --sft_weight 1
+    python trainer/train_dpo.py --data_path pairs.jsonl.xz --batch_size 16 --sft_weight 0.2
     python trainer/train_dpo.py --data_path thumbs.jsonl --loss_type kto --undesirable_weight 1.3 --save_weight kto
 
-The first starts from the model of scripts/quickstart.py. What to expect: the loss begins at ln 2 = 0.693, where nothing is
-preferred to the reference yet, and falls; the accuracy on held-out pairs rises from one half. log_probs/chosen may fall too,
-only less than log_probs/rejected; where it falls far, answers get worse, and --sft_weight holds them. With too low a
-learning rate nothing happens at all, which the run says.
+The first takes about a minute on a CPU, on the toy world, from the model of scripts/quickstart.py. What to expect: the loss
+begins at ln 2 = 0.693, where nothing is preferred to the reference yet, and falls; the accuracy of the rewards on held-out
+pairs rises from one half, and log_probs/accuracies, the share of pairs whose chosen answer is the likelier one, from where
+the model was. log_probs/chosen often falls too, only less than log_probs/rejected; where it falls far, other skills suffer,
+and --sft_weight holds it. With too low a learning rate nothing happens at all, which the run says.
 """
 
 import sys
@@ -61,7 +63,7 @@ class DPOArgs(TrainArgs):
     from_weight: str = arg("full_sft", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file")
     save_weight: str = arg("dpo", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
     max_seq_len: int = arg(1024, "tokens of a packed row: a pair, its prompt counted once, is cut to that")
-    learning_rate: float = arg(1e-4, "peak learning rate")
+    learning_rate: float = arg(2e-5, "peak learning rate")
     weight_decay: float = arg(0.0, "decay of the matrices (norms have none)")
     val_share: float = arg(0.05, "share of the prompts held out for validation; 0: none")
     loss_type: str = arg("sigmoid", "what is learned from a pair; sigmoid is DPO", choices=list(FLAGS))
@@ -138,16 +140,16 @@ def sums_of(losses, rewards, policy, lengths):
         [(right[0] * pair).sum(), (right[1] * pair).sum(), pair.sum(), losses.sum()])]).detach().double()
 
 
-def figures_of(sums):
-    """{name: mean} of the sums of all ranks; what a step has none of is left out."""
-    *totals, num_chosen, num_rejected, right, likelier, num_pairs, _ = sums.tolist()
+def figures_of(args, sums):
+    """(mean loss, {name: mean}) of the sums of all ranks; what there is none of is left out."""
+    *totals, num_chosen, num_rejected, right, likelier, num_pairs, loss = sums.tolist()
     names = ("rewards/chosen", "rewards/rejected", "log_probs/chosen", "log_probs/rejected",
              "rewards/accuracies", "log_probs/accuracies")
     counts = (num_chosen, num_rejected, num_chosen, num_rejected, num_pairs, num_pairs)
     figures = {name: total / count for name, total, count in zip(names, [*totals, right, likelier], counts) if count}
     if num_chosen and num_rejected:
         figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
-    return figures
+    return loss / (num_chosen + num_rejected if args.loss_type == "kto" else num_pairs), figures
 
 
 def estimate_kl(model, reference, mismatched, micro_batches, pad_id, run):
@@ -166,20 +168,19 @@ def estimate_kl(model, reference, mismatched, micro_batches, pad_id, run):
 
 
 def score(model, tokenizer, view, reference, mismatched, run, args):
-    """(mean loss, `figures_of`) of all pairs of a held-out view."""
+    """`figures_of` all pairs of a held-out view."""
     batches = PairBatches(view, batch_size=args.batch_size, accumulation_steps=1, max_seq_len=args.max_seq_len, seed=0,
                           epochs=1, pad_id=tokenizer.pad_token_id, rank=run.ranks.rank, world_size=run.ranks.world_size)
-    micro_batches = [*chain.from_iterable(batches)]
-    kl = estimate_kl(model, reference, mismatched, micro_batches, tokenizer.pad_token_id, run) if mismatched else 0.0
-    sums = 0.0
+    kl, sums = 0.0, 0.0
+    if mismatched:
+        kl = estimate_kl(model, reference, mismatched, chain.from_iterable(batches), tokenizer.pad_token_id, run)
     with evaluating(model), run.autocast():
-        for micro in micro_batches:
+        for micro in chain.from_iterable(batches):
             batch = run.to_device(micro)
             policy = log_probs(model, batch)[0]
             losses, rewards = losses_and_rewards(args, policy, reference and reference(view, batch), batch["lengths"], kl)
             sums += sums_of(losses, rewards, policy, batch["lengths"])
-    sums = run.ranks.sum_tensor(sums)
-    return sums[-1].item() / run.sum(count_losses(args, micro_batches)), figures_of(sums)
+    return figures_of(args, run.ranks.sum_tensor(sums))
 
 
 def main(argv=None):
@@ -242,9 +243,9 @@ def main(argv=None):
                             args, policy, reference and reference(training, batch), batch["lengths"], kl)
                         run.backward(losses.sum() / num_losses + balance_loss)
                     sums += sums_of(losses, rewards, policy, batch["lengths"])
-                sums = run.ranks.sum_tensor(sums)
-                figures = figures_of(sums) | ({"kl": kl} if mismatched else {})
-                loop.update(sums[-1].item() / num_losses, num_targets, micro_batches, **figures)  # clip, step, log, save
+                loss, figures = figures_of(args, run.ranks.sum_tensor(sums))
+                figures |= {"kl": kl} if mismatched else {}
+                loop.update(loss, num_targets, micro_batches, **figures)  # clip, step, log, validate, save
                 margins.append(figures.get("rewards/margins", 0.0))
                 if reference and loop.done == max(10, len(batches) // 3) and abs(sum(margins) / len(margins)) < STUCK:
                     loop.record.say(f"warning: after {loop.done} of {len(batches)} steps the loss is where it began (sigmoid: "

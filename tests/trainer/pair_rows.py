@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from dataset.packing import pack
+from dataset.pair_dataset import PairDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,3 +41,10 @@ def pair_flags(folder, start, **changes):
                "batch_size": 2, "val_share": 0.1, "val_interval": 4, "save_interval": 4, "log_interval": 1, "max_steps": 8,
                "epochs": 9, "num_proc": 1, "cache_dir": folder / "cache", "device": "cpu", "learning_rate": 3e-3, **changes}
     return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def last_step_rows(folder, rows_per_step):
+    """How many packed rows the last step of an epoch on `folder`/pairs.jsonl has, with the flags of `pair_flags`."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
+    dataset = PairDataset(folder / "pairs.jsonl", tokenizer, 96, cache_dir=folder / "counted", num_proc=1)
+    return len(pack(dataset.lengths, 96, seed=42, epoch=0)) % rows_per_step

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dataset.chat_format import encode_conversation
 from model.reward_model import MiniMindForSequenceClassification
-from tests.trainer.pair_rows import pair_flags, write_pairs, write_start
+from tests.trainer.pair_rows import last_step_rows, pair_flags, write_pairs, write_start
 from tests.trainer.ranks import run_ranks
 from trainer import loop, train_reward
 from trainer.metrics import read_metrics
@@ -114,8 +114,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(flags, tmp_path, monkeypatch):
 
 
 def test_two_ranks_learn_what_one_learns(flags, tmp_path):
-    write_pairs(tmp_path / "pairs.jsonl", 22)
-    options = dict(moe=True, max_steps=None, epochs=1, learning_rate=1e-3)
+    write_pairs(tmp_path / "pairs.jsonl", 18)
+    assert last_step_rows(tmp_path, 4) == 1
+    options = dict(moe=True, max_steps=None, epochs=1, val_share=0, learning_rate=1e-3)
     alone = run(tmp_path / "alone", flags(**options, accumulation_steps=2, save_dir=tmp_path / "alone" / "out"))
     run_ranks(2, "reward", flags(**options, save_dir=tmp_path / "two" / "out"))
     folder = next((tmp_path / "two" / "out").iterdir())
