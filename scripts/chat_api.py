@@ -2,6 +2,7 @@
 
     python scripts/serve_openai_api.py --weight full_sft &          # any other server with this API will do as well
     python scripts/chat_api.py --prompt "Tell me the time in Lurubridge." --tools get_time get_weather
+    python scripts/chat_api.py --tools my_tools.py                  # tools of your own: see dataset/tools.py
     python scripts/chat_api.py --think                              # without --prompt: a conversation
 """
 
@@ -15,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 import openai
 
-from dataset.toy_tools import SCHEMAS, run_tool, tool_schemas
+from dataset.tools import ToolBox, load_tools
+from dataset.toy_tools import TOY_TOOLS
 from trainer.arguments import arg, check_positive, command, parse_args
 
 MOST_ROUNDS = 5  # of tool calls for one question
@@ -27,21 +29,33 @@ class ChatArgs:
     api_key: str = arg("none", "its key, if it asks for one")
     model: str = arg("", "the model's name there (default: the first that it serves)")
     prompt: str | None = arg(None, "ask this one question and stop")
-    tools: list[str] = arg([], "tools of the toy world that the model may call", choices=list(SCHEMAS), nargs="+")
+    tools: list[str] = arg([], "tools that the model may call: names of the toy world's, .py files with your own", nargs="+")
     think: bool | None = arg(None, "1: think before answering, 0: answer at once (default: as the model likes)")
     temperature: float = arg(0.0, "0: always the likeliest token")
     max_tokens: int = arg(512, "longest answer, in tokens")
 
     def check(self):
-        """ValueError for values out of range."""
+        """ValueError for values out of range and for tools that are not there."""
         check_positive(self, "max_tokens")
+        self.box = toolbox(self.tools)
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"--temperature {self.temperature}: give 0 to 2")
 
 
+def toolbox(names):
+    """The tools of the toy world that have these names, and all those in the .py files among them."""
+    box = ToolBox()
+    for name in names:
+        if not name.endswith(".py") and name not in TOY_TOOLS.tools:
+            raise ValueError(f"--tools {name}: give a .py file, or some of {', '.join(TOY_TOOLS.tools)}")
+        for tool in load_tools(name).tools.values() if name.endswith(".py") else [TOY_TOOLS.tools[name]]:
+            box.register(tool)
+    return box
+
+
 def reply_to(client, messages, args):
     """The assistant's next message, printed as it comes: text, reasoning in brackets, and the calls it makes."""
-    options = {"tools": tool_schemas(tuple(args.tools))} if args.tools else {}
+    options = {"tools": args.box.schemas()} if args.tools else {}
     if args.think is not None:
         options["extra_body"] = {"chat_template_kwargs": {"enable_thinking": args.think}}
     chunks = client.chat.completions.create(model=args.model, messages=messages, stream=True, temperature=args.temperature,
@@ -73,7 +87,7 @@ def answer(client, messages, args):
         for call in message["tool_calls"]:
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             try:
-                result = run_tool(name, json.loads(arguments))
+                result = args.box.run(name, json.loads(arguments))
             except json.JSONDecodeError:  # max_tokens has cut it off
                 result = json.dumps({"error": "the arguments are no JSON"})
             print(f"{name}({arguments}) -> {result}")

@@ -2,6 +2,7 @@
 
     python scripts/web_demo.py                                       # http://127.0.0.1:8501, for this machine alone
     python scripts/web_demo.py --port 8502 --save_dir out/quickstart
+    python scripts/web_demo.py --tools my_tools.py                   # offer tools of your own: see dataset/tools.py
     streamlit run scripts/web_demo.py -- --save_dir out/quickstart   # the same, with Streamlit's own flags before the --
 
 It offers the checkpoints and PEFT adapters that it finds in --save_dir, one or two levels deep.
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
+from dataset.tools import load_tools
 from trainer.arguments import arg, check_positive, command, parse_args
 
 
@@ -30,6 +32,7 @@ class WebArgs:
                      choices=["auto", "float32", "bfloat16", "float16"])
     int8: bool = arg(False, "int8 weights on a CPU: less memory, a little less exact")
     max_len: int | None = arg(None, "tokens of prompt and answer together (default: 2048, or what the model has)")
+    tools: str = arg("", "a Python file with tools of your own, offered beside those of the toy world")
 
     def check(self):
         """ValueError for values out of range."""
@@ -40,6 +43,8 @@ def main(argv=None):
     """Start Streamlit on this file."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(WebArgs, argv)
+    if args.tools:
+        load_tools(args.tools)  # a mistake in it shows here rather than on the page
     os.execv(sys.executable, [
         sys.executable, "-m", "streamlit", "run", str(Path(__file__).resolve()), f"--server.port={args.port}",
         f"--server.address={args.address}", "--", *argv])

@@ -2,8 +2,8 @@
 
 import streamlit as st
 
-from dataset.toy_tools import SCHEMAS
-from scripts.web import engines
+from dataset.toy_tools import TOY_TOOLS
+from scripts.web import engines, toolbox
 from scripts.web.conversation import Settings
 from scripts.web.state import t
 from trainer.run_folders import find_checkpoints
@@ -63,12 +63,18 @@ def load_or_stop(run, base, args):
         st.stop()
 
 
-def answer_settings():
+def answer_settings(args):
     """The controls of an answer; returns Settings."""
+    try:
+        box = toolbox.get(args)
+    except ValueError as error:
+        st.error(error, icon=":material/error:")
+        box = TOY_TOOLS
     for key, value in DEFAULTS.items():
         st.session_state.setdefault(key, value)
+    st.session_state.tools = [name for name in st.session_state.tools if name in box.tools]
     choose("thinking", THINKING)
-    st.multiselect(t("tools"), list(SCHEMAS), key="tools", placeholder=t("tools_none"), help=t("tools_help"))
+    st.multiselect(t("tools"), list(box.tools), key="tools", placeholder=t("tools_none"), help=t("tools_help"))
     st.text_area(t("system"), key="system", height=80)
     with st.expander(t("sampling"), icon=":material/tune:"):
         st.slider(t("temperature"), 0.0, 2.0, step=0.05, key="temperature", help=t("temperature_help"))
@@ -78,4 +84,4 @@ def answer_settings():
         st.number_input(t("seed"), 0, 2**31, step=1, key="seed", placeholder=t("random"), help=t("seed_help"))
     state = st.session_state
     return Settings(state.temperature, state.top_p, state.top_k, state.max_tokens, state.seed, THINKING[state.thinking],
-                    tuple(state.tools), state.system.strip())
+                    tuple(state.tools), box, state.system.strip())

@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass, field
 
 from dataset.chat_reply import ReplyParser, collect
+from dataset.tools import ToolBox
 from dataset.toy_scorer import MAX_TOOL_ROUNDS
-from dataset.toy_tools import run_tool, tool_schemas
+from dataset.toy_tools import TOY_TOOLS
 from model.sampling import SamplingParams
 
 ROOM = 64  # tokens that must be left for an answer; earlier rounds make way
@@ -19,7 +20,7 @@ ROOM = 64  # tokens that must be left for an answer; earlier rounds make way
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is to be written; `tools` are names of the toy world's, thinking None leaves it to the model."""
+    """How an answer is to be written; `tools` are names in `box`, thinking None leaves it to the model."""
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -28,6 +29,7 @@ class Settings:
     seed: int | None = None
     thinking: bool | None = None
     tools: tuple[str, ...] = ()
+    box: ToolBox = TOY_TOOLS
     system: str = ""
 
     def sampling(self, attempt):
@@ -56,11 +58,11 @@ class Reply:
             message.pop("tool_calls", None)
         return message
 
-    def run_calls(self):
-        """Run the tools that were called."""
+    def run_calls(self, box):
+        """Run the tools of a ToolBox that were called."""
         for call in collect(self.events).get("tool_calls", []):
             name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
-            self.results.append((name, arguments, run_tool(name, arguments)))
+            self.results.append((name, arguments, box.run(name, arguments)))
 
 
 class Turn:
@@ -129,7 +131,7 @@ class Turn:
 
     def _prompt(self):
         """Token ids for the next reply; where they do not fit, the oldest rounds are left out."""
-        schemas = tool_schemas(self.tools) or None
+        schemas = self.settings.box.schemas(self.tools) or None
         system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
         history, num_left_out = self.history, 0
         while True:
@@ -156,7 +158,7 @@ class Turn:
     def _finish_reply(self, reply, reason):
         reply.events += reply.parser.finish()
         if reason == "stop":
-            reply.run_calls()
+            reply.run_calls(self.settings.box)
         if reply.results and len(self.replies) <= MAX_TOOL_ROUNDS:
             self._begin_reply()
         else:

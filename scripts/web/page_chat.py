@@ -14,7 +14,7 @@ def show(args):
     with st.sidebar:
         runs = controls.checkpoints_or_stop(args)
         run, base = controls.pick_checkpoint(runs, "picked", t("checkpoint"), args)
-        settings = controls.answer_settings()
+        settings = controls.answer_settings(args)
         st.button(t("new_chat"), icon=":material/add_comment:", width="stretch", on_click=start_again)
     loaded = controls.load_or_stop(run, base, args)
     with st.bottom:

@@ -14,7 +14,7 @@ def show(args):
     talks = [state.remembered(f"compare_{side}", Conversation) for side in SIDES]
     with st.sidebar:
         runs = controls.checkpoints_or_stop(args)
-        settings = controls.answer_settings()
+        settings = controls.answer_settings(args)
         st.button(t("new_chat"), icon=":material/add_comment:", width="stretch", on_click=start_again)
     loaded = []
     for n, (column, side) in enumerate(zip(st.columns(2), SIDES)):

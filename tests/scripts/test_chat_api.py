@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from scripts import chat_api
+from tests.scripts.own_tools import write_tools
 
 
 def part(content=None, reasoning=None, call=None):
@@ -58,3 +59,15 @@ def test_tools_are_run_until_there_is_an_answer(capsys):
     assert messages[1]["tool_calls"][0]["function"] == {"name": "calculator", "arguments": '{"expression": "6 * 7"}'}
     assert json.loads(messages[2]["content"]) == {"result": 42} and "no JSON" in messages[3]["content"]
     assert messages[-1]["content"] == "It is 42." and capsys.readouterr().out.startswith("[which?]\n")
+
+
+def test_tools_of_a_file_and_of_the_toy_world_together(tmp_path, capsys):
+    path = str(write_tools(tmp_path))
+    box = chat_api.parse_args(chat_api.ChatArgs, ["--tools", "get_time", path]).box
+    assert [schema["function"]["name"] for schema in box.schemas()] == ["get_time", "multiply"]
+    assert json.loads(box.run("multiply", {"a": 6, "b": 7})) == {"result": 42}
+    for tools, message in ((["fly"], "--tools fly: give a .py file, or some of calculator"),
+                           (["no.py"], "no.py is no Python file"), ([path, path], "two tools called multiply")):
+        with pytest.raises(SystemExit):
+            chat_api.parse_args(chat_api.ChatArgs, ["--tools", *tools])
+        assert message in capsys.readouterr().err

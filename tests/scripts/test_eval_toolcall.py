@@ -11,21 +11,9 @@ from dataset.toy_tools import run_tool
 from dataset.toy_world import agent_row, make_world
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from scripts import eval_toolcall
+from tests.scripts.own_tools import write_tools
 
 ITEMS = list(make_world("mini").items("sft", "tools", "heldout", 24))
-MY_TOOLS = '''
-from dataset.tools import tool
-
-@tool
-def multiply(a: int, b: int) -> int:
-    """Multiply two numbers.
-
-    Args:
-        a: The first number.
-        b: The second number.
-    """
-    return a * b
-'''
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +143,6 @@ def test_a_file_of_agent_rows(folder, says, tmp_path):
 
 
 def test_own_tools_and_rows_that_only_say_what_the_answer_holds(folder, says, tmp_path):
-    (tmp_path / "mine.py").write_text(MY_TOOLS)
     schema = {"name": "multiply", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
     system = {"role": "system", "content": "Be brief.", "tools": [schema]}
     rows = [{"conversations": [system, {"role": "user", "content": "What?"}], "gt": gt}
@@ -163,7 +150,7 @@ def test_own_tools_and_rows_that_only_say_what_the_answer_holds(folder, says, tm
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = says(lambda prompt: "In Rome it is 372." if "<tool_response>" in prompt else block("multiply", {"a": 12, "b": 31}))
-    row = run(folder, tmp_path, "--data_path", path, "--tools", tmp_path / "mine.py")
+    row = run(folder, tmp_path, "--data_path", path, "--tools", write_tools(tmp_path))
     assert list(row) == ["any", "overall"] and row["overall"]["success"] == 0.5 and row["overall"]["invalid"] == 0
     assert '{"result": 372}' in prompts[-1] and "Be brief." in prompts[-1] and '"multiply"' in prompts[0]
 
@@ -187,9 +174,8 @@ def test_a_faulty_row_is_named(changes, message, folder, tmp_path):
 
 
 def test_one_question_with_own_tools(folder, says, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(MY_TOOLS)
     says(lambda prompt: "It is 372." if "<tool_response>" in prompt else "Let me see.\n" + block("multiply", {"a": 12, "b": 31}))
-    eval_toolcall.main(["--weight", str(folder), "--tools", str(tmp_path / "mine.py"), "--prompt", "12 times 31?"])
+    eval_toolcall.main(["--weight", str(folder), "--tools", str(write_tools(tmp_path)), "--prompt", "12 times 31?"])
     assert capsys.readouterr().out.splitlines() == [
         "  user: 12 times 31?", '  assistant calls: multiply({"a": 12, "b": 31})', "  assistant: Let me see.",
         '  tool: {"result": 372}', "  assistant: It is 372."]

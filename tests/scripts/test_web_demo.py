@@ -16,6 +16,7 @@ from model.engine import Output
 from scripts import web_demo
 from scripts.web import engines, text
 from scripts.web.conversation import Conversation, Settings, Turn
+from tests.scripts.own_tools import write_tools
 from tests.web_checkpoints import ROOT, make_adapter, make_save_folder, write_metrics
 from trainer.run_folders import find_checkpoints
 
@@ -43,9 +44,9 @@ def web_args(out, **flags):
     return web_demo.parse_args(web_demo.WebArgs, ["--save_dir", str(out), "--device", "cpu", *flags])
 
 
-def app(monkeypatch, out, page="chat", **settings):
+def app(monkeypatch, out, page="chat", flags=(), **settings):
     """The page of that name as it looks at first, with these settings."""
-    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--save_dir", str(out), "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--save_dir", str(out), "--device", "cpu", *flags])
     if page == "chat":
         at = AppTest.from_file(str(ROOT / "scripts/web_demo.py"), default_timeout=20)
     else:
@@ -243,6 +244,21 @@ def test_tools_are_not_run_for_ever_nor_without_being_chosen(out, monkeypatch, t
     fake(monkeypatch, tokenizer, CALL)
     at = ask(app(monkeypatch, out), "27 * 34?")
     assert not at.code and CALL in shown(at)
+
+
+def test_tools_of_the_users_own_file(out, monkeypatch, tokenizer, tmp_path):
+    path = write_tools(tmp_path)
+    call = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call>'
+    engine = fake(monkeypatch, tokenizer, call, "It is 42.")
+    at = app(monkeypatch, out, flags=["--tools", str(path)])
+    assert at.multiselect[0].options[-2:] == ["count_letter", "multiply"]
+    at.multiselect[0].select("multiply")
+    at = ask(at, "6 times 7?")
+    assert [code.value for code in at.code] == ['{"a": 6, "b": 7}', '{"result": 42}']
+    assert '"multiply"' in tokenizer.decode(engine.prompts[0]) and '{"result": 42}' in tokenizer.decode(engine.prompts[1])
+    path.write_text("broken(")  # while the page is open: it says so, and goes on with the toy world's
+    at.run()
+    assert "SyntaxError" in at.error[0].value and at.multiselect[0].options[-1] == "count_letter"
 
 
 def test_a_call_that_fails_is_shown_as_such(out, monkeypatch, tokenizer):
