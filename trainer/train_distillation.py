@@ -57,7 +57,8 @@ TOY = ROOT / "dataset" / "toy_mini"
 
 @dataclass
 class DistillationArgs(TrainArgs):
-    data_path: list[str] = arg([], "rows of conversations; FILE@0.4 takes that share of them (default: the toy world)", nargs="+")
+    data_path: list[str] = arg([], "rows of conversations; FILE@0.4 takes that share of them (default: the toy world)",
+                               nargs="+")
     save_weight: str = arg("distillation", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
     learning_rate: float = arg(2e-3, "peak learning rate")
     teacher: str = arg("full_sft", "learn from this run (a name in SAVE_DIR), checkpoint folder or .pth file")
@@ -90,8 +91,8 @@ class DistillationArgs(TrainArgs):
             raise ValueError("--on_policy_share with --alpha 0: the student's own answers are learned from by the divergence, "
                              "which has no weight; give --alpha more than 0")
         if self.deepspeed and read_config(self)["zero_optimization"]["stage"] == 3:
-            raise ValueError(f"--deepspeed {self.deepspeed} is ZeRO stage 3, which takes apart the head's weight; the logits are "
-                             "made with it chunk by chunk: take trainer/ds_zero2.json or trainer/ds_zero1.json")
+            raise ValueError(f"--deepspeed {self.deepspeed} is ZeRO stage 3, which takes apart the head's weight, but the logits "
+                             "are made with it chunk by chunk: take trainer/ds_zero2.json or trainer/ds_zero1.json")
 
     @property
     def beta(self):
