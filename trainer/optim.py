@@ -18,11 +18,12 @@ def build_optimizer(model, args):
     rest = [x for name, x in parameters.items() if name not in by_muon]
     groups = [{"params": [x for x in rest if x.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [x for x in rest if x.dim() < 2], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]  # adapters have matrices alone, and DeepSpeed wants no empty group
+    groups = [group for group in groups if group["params"]]  # adapters may have matrices alone; DeepSpeed wants no empty group
+    muon = Muon([parameters[name] for name in sorted(by_muon)], args.learning_rate, args.weight_decay) if by_muon else None
+    if not groups:
+        return muon
     adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.beta2), eps=1e-8, fused=True)
-    if not by_muon:
-        return adamw
-    return Together(Muon([parameters[name] for name in sorted(by_muon)], args.learning_rate, args.weight_decay), adamw)
+    return Together(muon, adamw) if muon else adamw
 
 
 def learning_rate_at(step, num_steps, args):

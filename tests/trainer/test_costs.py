@@ -42,6 +42,7 @@ def test_flops_by_hand():
                             num_key_value_heads=1)
     body = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6
     assert training_flops(config, 100, 30, 5) == 6 * (100 * body + 30 * 40) + 12 * 5 * 4
+    assert training_flops(config, 100, 30, 5, is_frozen=True) == 4 * (100 * body + 30 * 40) + 12 * 5 * 4
 
 
 def test_rates_are_rates():
@@ -94,6 +95,8 @@ def test_memory_of_the_weights():
     assert of(offload_optimizer=True) == 8 * params
     assert [of(zero_stage=stage, world_size=4) for stage in range(4)] == [16000, 4000 + 4000 + 2000, 4000 + 1000 + 2000, 4000]
     assert memory_bytes(config, 10**6, 0, torch.float32, optimizer="muon") == 16 * 10**6 - 4 * matrices_of_layers(config)
+    assert of(trained=10) == 4 * params + 12 * 10 and of(trained=10, optimizer="muon") == 4 * params + 8 * 10
+    assert of(trained=10, zero_stage=3, world_size=4) == (4 * params + 12 * 10) / 4
 
 
 def test_memory_of_the_positions():

@@ -88,3 +88,21 @@ def test_muon_equals_pytorchs():
         mine.step()
         reference.step()
     assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()  # PyTorch iterates in bfloat16
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_frozen_parameters_have_no_states(kind):
+    """And where a single matrix is trained, there is one group alone, which both kinds can step, save and load."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                                               intermediate_size=16)).requires_grad_(False)
+    trained = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    args = TrainArgs(optimizer=kind, weight_decay=0.5)
+    optimizer = build_optimizer(model, args)
+    assert [group["params"] for group in optimizer.param_groups] == [[trained]]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model(torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    optimizer.step()
+    assert [name for name, x in model.state_dict().items() if not torch.equal(x, before[name])] == [
+        "model.layers.0.self_attn.q_proj.weight"]
+    build_optimizer(model, args).load_state_dict(optimizer.state_dict())
