@@ -130,6 +130,21 @@ def test_packed_log_probs_are_those_of_each_side_alone(name, capacity, pairs, to
     assert sum(len(step) for step in batches) > 2
 
 
+def test_the_balance_loss_does_not_see_the_padding(pairs):
+    """A longer row in the micro-batch makes more of it."""
+    dataset = pairs(MANY)
+    model = MiniMindForCausalLM(MiniMindConfig(**SHAPE, **NETWORKS["moe"], router_aux_loss_coef=1.0))
+
+    def balance_loss(rows):
+        batch = collate_trees(rows, dataset, 256, len(rows), pad_id=0)
+        return model(batch["input_ids"], attention_mask=tree_mask(batch["tree"], batch["branch"]), labels=batch["labels"],
+                     position_ids=batch["position_ids"], num_items_in_batch=1, skip_nll=True, skip_logits=True).loss
+
+    apart = balance_loss([[0], [1]]), balance_loss([[2, 3, 4, 5]])
+    torch.testing.assert_close(balance_loss([[0], [1], [2, 3, 4, 5]]), sum(apart))
+    assert apart[0] > 1
+
+
 def test_the_mask_and_the_positions_by_hand(pairs):
     dataset = pairs(MANY)
     batch = collate_trees([[0, 3, 7], [5]], dataset, 256, 2, pad_id=0)
