@@ -131,13 +131,13 @@ def adaptable_layers(model):
 
 
 def chosen_layers(model, target_modules):
-    """Names of the layers whose names end with one of these, as whole parts; None: all but the head and the routers.
+    """Names of the layers whose names end with one of these, as whole parts; None: all but the head. Routers stay as they are.
 
     ValueError for one that fits no layer.
     """
-    layers = list(adaptable_layers(model))
+    layers = [layer for layer in adaptable_layers(model) if not layer.endswith(".mlp.gate")]
     if target_modules is None:
-        return [layer for layer in layers if ".layers." in layer and not layer.endswith(".mlp.gate")]
+        return [layer for layer in layers if ".layers." in layer]
     for target in target_modules:
         if not any(f".{layer}".endswith(f".{target}") for layer in layers):
             there = dict.fromkeys(layer.rpartition(".")[2] for layer in layers)

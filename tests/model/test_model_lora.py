@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.nn.init import kaiming_uniform_
 from transformers import AutoModelForCausalLM
 
@@ -380,6 +381,13 @@ def test_faulty_folders_are_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_adapter(folder)
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    halves = {name: x for name, x in tensors.items() if "lora_A" in name}
+    for contents, message in (({**tensors, "lm_head.weight": torch.ones(1)}, "holds lm_head.weight: only LoRA"),
+                              (halves, "has no lora_A and lora_B of rank 4")):
+        save_file(contents, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            read_adapter(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
         read_adapter(folder)
@@ -388,8 +396,8 @@ def test_faulty_folders_are_named(tmp_path):
 @pytest.mark.parametrize("kind, options, message", [
     ("qwen3", {"target_modules": ["q_proj", "w1"]},
      "no layer w1; there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
-    ("qwen3_moe", {"target_modules": ["gate_proj"]}, "no layer gate_proj; there are .* gate, gate_up_proj, down_proj"),
-    ("qwen3", {"target_modules": ["lm_head"]}, "no layer lm_head"),
+    ("qwen3_moe", {"target_modules": ["gate_proj"]}, "no layer gate_proj; there are .* o_proj, gate_up_proj, down_proj"),
+    ("qwen3_moe", {"target_modules": ["gate"]}, "no layer gate;"), ("qwen3", {"target_modules": ["lm_head"]}, "no layer lm_head"),
     ("qwen3_moe", {"use_dora": True}, "use_dora together with experts.* target_modules k_proj o_proj q_proj v_proj"),
     ("qwen3_moe", {"dropout": 0.1}, "dropout together with experts"),
     ("granitemoeshared", {"target_modules": ["gate_proj"]}, "gate_proj and up_proj of the shared expert are one layer")])
