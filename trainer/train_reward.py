@@ -11,13 +11,15 @@ the mean over the pairs of an optimizer step. It says nothing about where 0 is: 
 train_dpo.py, with the prompt computed once for both answers; those that are too long are left out, since a reward is one of
 a whole answer.
 
-    python trainer/train_reward.py --save_dir out/quickstart --max_seq_len 256 --epochs 3   # a minute on a CPU, toy world
-    python trainer/train_reward.py --data_path pairs.jsonl.xz --learning_rate 2e-5 --center_weight 0.01
+    python trainer/train_reward.py --save_dir out/quickstart --max_seq_len 256 --batch_size 4 --epochs 3 \
+        --learning_rate 5e-4 --warmup_share 0.1
+    python trainer/train_reward.py --data_path pairs.jsonl.xz --batch_size 16 --center_weight 0.01
     python trainer/train_reward.py --data_path pairs.jsonl.xz --from_weight dpo --save_weight judge
 
-The first starts from the model of scripts/quickstart.py. What to expect: the loss begins near ln 2 = 0.693 and falls, the
-share of held-out pairs whose chosen answer gets the higher reward rises from one half. The folder is a standard sequence
-classifier: AutoModelForSequenceClassification loads it, and `score_conversations` in reward_scores.py asks it.
+The first takes about a minute on a CPU, on the toy world, from the model of scripts/quickstart.py. What to expect: the loss
+begins near ln 2 = 0.693 and falls; the share of held-out pairs whose chosen answer gets the higher reward rises from one
+half. The folder is a standard sequence classifier, which AutoModelForSequenceClassification loads; `score_conversations` in
+reward_scores.py asks it.
 """
 
 import sys
@@ -52,7 +54,7 @@ class RewardArgs(TrainArgs):
     from_weight: str = arg("full_sft", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file")
     save_weight: str = arg("reward", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
     max_seq_len: int = arg(1024, "tokens of a packed row: longer pairs, their prompt counted once, are left out")
-    learning_rate: float = arg(3e-4, "peak learning rate")
+    learning_rate: float = arg(1e-4, "peak learning rate")
     weight_decay: float = arg(0.0, "decay of the matrices (norms have none)")
     val_share: float = arg(0.05, "share of the prompts held out for validation; 0: none")
     center_weight: float = arg(0.0, "weight of (chosen + rejected reward)^2 beside the loss, such as 0.01")
