@@ -8,18 +8,20 @@ the student sees only what it has not written itself; with --on_policy_share S, 
 answer replaced by one that the student samples now, and the teacher says token by token what should have come (Agarwal
 et al. 2024, algorithm 1; no cross entropy there: nobody says that these answers are right).
 
-    python trainer/train_distillation.py --teacher out/quickstart/full_sft_tiny --hidden_size 96 --num_hidden_layers 3
+    python trainer/train_distillation.py --teacher out/quickstart/full_sft_tiny --hidden_size 96 --num_hidden_layers 3 \\
+        --optimizer muon --batch_size 1 --alpha 1
     python trainer/train_distillation.py --teacher full_sft_minimind2 --preset minimind2-small --data_path my.jsonl
-    python trainer/train_distillation.py --teacher out/quickstart/full_sft_tiny --from_weight out/distillation_96x3 \
+    python trainer/train_distillation.py --teacher out/quickstart/full_sft_tiny --from_weight out/distillation_96x3 \\
         --save_weight on_policy --on_policy_share 0.5 --divergence jsd --alpha 1
 
-The first takes about a minute on a CPU, on the toy world, after scripts/quickstart.py. The teacher is any network of ours,
+The first takes a minute or two on a CPU, on the toy world, after scripts/quickstart.py. The teacher is any network of ours,
 dense or a mixture of experts, of any size, with the student's very tokenizer: probabilities are compared token by token.
 A teacher of another tokenizer, or one behind a server, teaches by its answers: scripts/make_teacher_rows.py writes them as
 rows, and train_full_sft.py learns from those (black-box or sequence-level distillation: Kim & Rush 2016).
 
-What to expect: the student's held-out bits per byte, printed beside the teacher's, fall faster than those of the same
-network trained on the same rows alone (train_full_sft.py), and it answers more of the toy world's questions rightly.
+What to expect: the student's held-out bits per byte, printed beside the teacher's, are below those of the same network
+trained on the same rows alone (train_full_sft.py). Be careful with --temperature above 1: it lifts thousands of tokens
+that a sure teacher holds for impossible, and a small student then learns those before the answer.
 """
 
 import hashlib
