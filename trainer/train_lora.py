@@ -1,20 +1,21 @@
 """LoRA: teach a finished network something new by training a few small matrices beside its frozen weights.
 
-A weight W [out, in] is replaced by W + (alpha / r) B A, with A [r, in] and B [out, r] (Hu et al. 2021, eq. 3). B begins as zeros,
-so the first step starts from the network as it is, and r is small, so there is little to train, to store and to forget
-with. --use_rslora divides by sqrt(r) instead, which keeps large ranks learning (Kalajdzievski 2023); --use_dora learns the
-lengths of the rows of W by themselves (Liu et al. 2024). The loss is that of supervised fine-tuning: -log p of the assistant's
-tokens, divided by their number in the step.
+A weight W [out, in] is replaced by W + (alpha / r) B A, with A [r, in] and B [out, r] (Hu et al. 2021, eq. 3). B begins as
+zeros, so training starts from the network as it is; r is small, so there is little to train and to store. --use_rslora divides
+by sqrt(r) instead, which keeps large ranks learning (Kalajdzievski 2023); --use_dora also trains the lengths of the rows of W
+(Liu et al. 2024). The loss is that of supervised fine-tuning: -log p of the assistant's tokens, divided by their number in the
+step.
 
     python trainer/train_lora.py --from_weight out/quickstart/full_sft_tiny                   # a minute on a CPU, toy world
     python dataset/lora_examples.py && python trainer/train_lora.py --data_path dataset/lora_examples/medical_train.jsonl \\
         dataset/toy_mini/sft_train.jsonl@0.1 --from_weight out/quickstart/full_sft_tiny --save_weight lora_medical
     python trainer/train_lora.py --data_path shop.jsonl --from_weight full_sft --rank 8 --target_modules q_proj v_proj --use_dora
 
-What to expect: the new answers are there after a few epochs. What the network could do before suffers if the new rows are all
-that it sees: mix in a share of the old ones, as above (and as the toy world's default does). The run's folder, out/lora_<preset>,
-holds the adapter alone, in PEFT's format, a few percent of the network's size: try it with eval_llm.py --adapter, or make one
-network of the two with scripts/merge_lora.py.
+What to expect: new phrasings of the new questions are answered after a few hundred steps. With the new rows alone a small
+network loses most of what it could do before: mix in a share of the old rows, as above and as the default does, which lists the
+new file six times so that it is seen more often. Leave out old rows that contradict the new ones. The run's folder,
+out/lora_<preset>, holds the adapter alone, in PEFT's format, a few percent of the network's size: try it with
+eval_llm.py --adapter, or make one network of the two with scripts/merge_lora.py.
 """
 
 import sys
@@ -54,7 +55,8 @@ class LoRAArgs(TrainArgs):
                                     nargs="+")
     use_rslora: bool = arg(False, "scale with alpha / sqrt(r)")
     use_dora: bool = arg(False, "train the lengths of the weights' rows too")
-    epochs: int = arg(6, "passes over the data")
+    epochs: int = arg(5, "passes over the data")
+    batch_size: int = arg(2, "packed rows of a micro-batch")
     learning_rate: float = arg(2e-3, "peak learning rate")
     weight_decay: float = arg(0.0, "decay of the matrices, which draws the network back to where it began")
 
@@ -74,7 +76,8 @@ def main(argv=None):
     with Run(args) as run:
         if not args.data_path:
             run.ranks.from_first(lambda: write_world("mini", TOY))
-            args.data_path = [str(TOY / "lora_train.jsonl"), str(TOY / "sft_train.jsonl@0.1")]
+            # few new rows, seen often, among more old ones, seen seldom: with the new ones alone the old skills are lost
+            args.data_path = 6 * [str(TOY / "lora_train.jsonl")] + [str(TOY / "sft_train.jsonl@0.3")]
         base = find_weight(args.from_weight, args, run.device).resolve()
         model, tokenizer = load_model(args, run.device)
         folder = run_folder(args, model.config, run.ranks)
