@@ -14,6 +14,7 @@ the teacher writes anew; earlier turns and tools stay. A row that is written has
 tool calls, and the other fields of the row that it came from. Answers that --max_new_tokens cut off, that are empty, or
 that are wrong by the row's "answer" (--keep_right: rejection sampling, Yuan et al. 2023) go to OUT.dropped.jsonl with the
 reason. Whatever stands in one of the two files is not asked again: a run that was interrupted goes on with the same command.
+Answers of another teacher, or with other settings, go to a file of their own (--data_path takes several).
 Where the teacher's probabilities can be had, trainer/train_distillation.py learns more from each answer.
 """
 
@@ -49,6 +50,7 @@ from trainer.weights import read_weight
 
 TOY = ROOT / "dataset" / "toy_mini"
 ONE_ROWS_FAULT = (400, 413, 422)  # statuses by which a server says that it will not answer this one request
+SETTINGS = ("temperature", "max_new_tokens", "seed", "keep_right")  # of all answers in a file, and written in its rows
 MOST_REFUSED = 20  # requests before the first answer: then it is not the rows' fault
 
 
@@ -64,7 +66,8 @@ class TeacherArgs:
     temperature: float = arg(1.0, "0: always the likeliest token")
     num_samples: int = arg(1, "answers to each prompt")
     max_new_tokens: int = arg(512, "longest answer, in tokens; what is cut off there is dropped")
-    keep_right: bool = arg(False, 'drop answers that are wrong by the "answer" of their row, as the toy world scores them')
+    keep_right: bool = arg(False, 'drop answers that are wrong by the "answer" of their row, as the toy world scores them; those '
+                                  "to rows without one are kept as they are")
     concurrency: int = arg(16, "base_url: requests under way at a time; weight: answers written side by side")
     retries: int = arg(6, "base_url: tries after the first, with growing pauses, while the server is busy or cannot be reached")
     seed: int = arg(42, "of the sampling")
@@ -165,13 +168,19 @@ class TeacherRows:
         self.dropped = self.out.with_suffix(".dropped.jsonl")
         if problem := why_unwritable(self.out.parent):
             raise ValueError(f"--out {self.out}: {problem}")
+        self.settings = {name: getattr(args, name) for name in SETTINGS}
         self.done, self.counts, self.refused = set(), Counter(), []
         for path in (self.out, self.dropped):
             for row in whole_rows(path):
                 if row.get("teacher") != teacher:
                     raise ValueError(f"{path} holds answers of {row.get('teacher')!r}, not of {teacher!r}: give another --out")
+                if row.get("settings") != self.settings:
+                    raise ValueError(f"{path} holds answers with the settings {row.get('settings')}, not {self.settings}: "
+                                     "give another --out, or set them back")
                 self.done.add(Job("", row, row["conversations"][:-1], row["sample"]).key)
         self.found = len(self.done)
+        for path in (self.out, self.dropped):  # only now is it known that both are ours
+            cut_off_half_row(path)
 
     def take(self, job, answer):
         """Write an answer into the file where it belongs. ValueError if the teacher refuses everything."""
@@ -181,7 +190,8 @@ class TeacherRows:
                 self.check_answers()
             return
         reason = self.fault(job, answer)
-        row = {"conversations": [*job.messages, answer.message], "teacher": self.teacher, "sample": job.sample}
+        row = {"conversations": [*job.messages, answer.message], "teacher": self.teacher, "settings": self.settings,
+               "sample": job.sample}
         row |= {name: x for name, x in job.row.items() if name not in (*row, "prompt")}
         with open(self.dropped if reason else self.out, "a", encoding="utf-8") as file:
             file.write(dump_row(row | ({"dropped": reason} if reason else {})))
@@ -206,17 +216,24 @@ class TeacherRows:
 
 
 def whole_rows(path):
-    """The rows of a file that is written line by line; the half of one that a killed process left is cut off."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    """The rows of a file that is written line by line, without the half of one that a killed process may have left.
+
+    ValueError if there is nothing but that: nobody can tell whose it is.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    if content and b"\n" not in content:
+        raise ValueError(f"{path} holds no whole row: delete it, or give another --out")
     for line_no, line in enumerate(content.decode(errors="replace").split("\n")[:-1], 1):
         try:
             yield parse_row(line)
         except ValueError as error:
             raise ValueError(f"{path}:{line_no}: {error}") from error
+
+
+def cut_off_half_row(path):
+    """Take from a file what follows its last whole line, so that the next one begins on a line of its own."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def as_request(messages):

@@ -117,7 +117,8 @@ def test_a_server_that_fails_a_few_times_is_asked_again(fake, make, monkeypatch,
     by_length = sorted(rows, key=lambda row: len(row["conversations"]))
     assert by_length[0] == {
         "conversations": [{"role": "user", "content": "What is 1 plus 1?"}, {"role": "assistant", "content": "2"}],
-        "teacher": "fake", "sample": 0, "answer": "2", "skill": "arithmetic"}
+        "teacher": "fake", "sample": 0, "answer": "2", "skill": "arithmetic",
+        "settings": {"temperature": 0.5, "max_new_tokens": 9, "seed": 42, "keep_right": False}}
     assert by_length[1]["conversations"] == [*ROWS[1]["conversations"][:3],
                                              {"role": "assistant", "content": "6", "reasoning_content": "3 and 3"}]
     assert by_length[2]["conversations"] == [*ROWS[2]["conversations"][:4], {"role": "assistant", "content": "", "tool_calls": [
@@ -158,6 +159,31 @@ def test_only_what_is_missing_is_asked(fake, make, tmp_path):
     assert len(server.requests) == 7
     with pytest.raises(ValueError, match="holds answers of 'fake', not of 'other': give another --out"):
         make(ROWS[:2], base_url=server.url, model="other")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("out.jsonl", '{"prompt": "a"}\n{"prompt": "b"}', "holds answers of None, not of 'fake'"),  # a file of the user's own
+    ("out.jsonl", '{"prompt": "a"}', "holds no whole row: delete it"), ("out.jsonl", "a list\nof things", ":1: not JSON"),
+    ("out.dropped.jsonl", '{"teacher": "other"}\n{"prompt": "b"}', "holds answers of 'other'")])
+def test_a_file_that_is_not_ours_is_left_as_it_is(name, content, message, fake, make, tmp_path):
+    server = fake({})
+    make(ROWS[:1], base_url=server.url)
+    half = (tmp_path / "out.jsonl").read_text() + '{"half'
+    (tmp_path / "out.jsonl").write_text(half)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        make(ROWS[:2], base_url=server.url)
+    assert (tmp_path / name).read_text() == content and len(server.requests) == 1
+    assert (tmp_path / "out.jsonl").read_text() == (content if name == "out.jsonl" else half)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 1}, {"max_new_tokens": 7}, {"keep_right": 1}])
+def test_answers_with_other_settings_go_to_another_file(change, fake, make, tmp_path):
+    server = fake({})
+    make(ROWS[:1], base_url=server.url)
+    with pytest.raises(ValueError, match=r"out.jsonl holds answers with the settings .*: give another --out, or set them back"):
+        make(ROWS[:2], base_url=server.url, **change)
+    assert len(make(ROWS[:2], base_url=server.url, out=tmp_path / "other.jsonl", **change)[0]) == 1 + ("keep_right" not in change)
 
 
 def test_answers_that_teach_nothing_good_are_dropped_once_and_for_all(fake, make):
