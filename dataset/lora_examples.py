@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.jsonl import find_shards, read_rows
+from dataset.jsonl import find_shards, in_share, read_rows
 from dataset.medical_topics import FORMS, TOPICS
 from dataset.outputs import whole_file
 from dataset.toy_core import is_heldout
@@ -103,8 +103,10 @@ def keyword_questions(path: str | Path) -> list[Question]:
     ValueError, with the file, if a row has none.
     """
     questions = []
-    for file, _ in find_shards(path):
+    for file, share in find_shards(path):
         for line, one in read_rows(file):
+            if not in_share(line, share):
+                continue
             if not one.get("keyword") or not one.get("conversations"):
                 raise ValueError(f'{file}:{line}: no "conversations" with a "keyword". Give rows as '
                                  "dataset/lora_examples.py writes them.")

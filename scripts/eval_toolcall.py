@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.chat_format import check_conversation, encode_prompt, normalize_conversation
 from dataset.chat_reply import CALL
-from dataset.jsonl import find_shards, read_rows
+from dataset.jsonl import find_shards, in_share, read_rows
 from dataset.tools import load_tools
 from dataset.toy_scorer import Question, hold_all, last_mention, normalise, numbers_in, to_number, wilson
 from dataset.toy_tools import TOY_TOOLS
@@ -41,14 +41,16 @@ from trainer.run import Compute
 class ToolEvalArgs:
     weight: str = arg("full_sft", "which model: the name of a run in SAVE_DIR, a checkpoint folder, or a .pth file")
     save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
-    adapter: str = arg("", "folder of a LoRA adapter (PEFT format) to merge into the weights")
+    adapter: list[str] = arg([], "folder of a LoRA adapter (PEFT format) to merge into the weights; of several, the changes are "
+                                 "added up", nargs="+")
     preset: str = arg("", "which of the runs of that name; for a .pth file, its shape", choices=list(PRESETS))
     hidden_size: int | None = arg(None, "for a .pth file: width, in place of the preset's")
     num_hidden_layers: int | None = arg(None, "for a .pth file: layers, in place of the preset's")
     use_moe: bool = arg(False, "for a .pth file: it is a mixture of experts")
     tools: str = arg("", "a Python file with tools of your own (default: those of the toy world)")
     prompt: str | None = arg(None, "put this one question and print the conversation")
-    data_path: str = arg("", "put the questions of this file of rows (default: the toy world's held-out ones)")
+    data_path: str = arg("", "put the questions of this file of rows; FILE@0.4: of that share (default: the toy world's "
+                             "held-out ones)")
     toy_level: str = arg("mini", "which toy world", choices=["mini", "full"])
     limit: int = arg(100, "put at most so many questions")
     without_tools: bool = arg(False, "put them without any tools too")
@@ -76,10 +78,14 @@ class ToolEvalArgs:
 
 @dataclass(frozen=True)
 class Case:
-    """A question, and the values that its final answer must contain; None: as the toy world's scorer sees it."""
+    """A question, the values that its final answer must contain (None: as the toy world's scorer sees it), the calls expected.
+
+    The question of a case with `gt` has no calls: the scorer would make them itself, with the user's tools.
+    """
 
     question: Question
     gt: tuple[str, ...] | None = None
+    calls: tuple[tuple[str, dict], ...] = ()
 
     def is_right(self, right, messages):
         """Whether a dialogue, which the scorer found right or not, has answered it."""
@@ -94,21 +100,25 @@ def contains(text, value):
 
 
 def read_cases(path, box, limit):
-    """The Cases of a file of rows. ValueError `path:line: what is wrong. way out`."""
+    """The Cases of a file of rows, or of a share of it. ValueError `path:line: what is wrong. way out`."""
     cases = []
-    for shard, _ in find_shards(path):
+    for shard, share in find_shards(path):
         for line_no, row in read_rows(shard):
             if len(cases) == limit:
                 return cases
+            if not in_share(line_no, share):
+                continue
             try:
                 cases.append(case_of(row, box))
             except ValueError as error:
                 raise ValueError(f"{shard}:{line_no}: {error}") from error
+    if not cases:
+        raise ValueError(f"{path}: there is no row in that share. Give a larger one.")
     return cases
 
 
 def case_of(row, box):
-    """The Case of a row; ValueError if it has no `gt`, or offers tools that `box` does not have."""
+    """The Case of a row; ValueError if it has no `gt`, faulty `calls`, or tools that `box` does not have."""
     gt = row.get("gt")
     if not isinstance(gt, list) or not all(isinstance(value, str) for value in gt):
         raise ValueError('no "gt" with a list of strings. Give {"conversations": [...], "gt": ["...", ...]}.')
@@ -120,15 +130,23 @@ def case_of(row, box):
         raise ValueError(f"nobody can run {', '.join(unknown)}. Give --tools FILE with functions of these names.")
     if messages[0]["role"] == "system":
         messages = [{key: value for key, value in messages[0].items() if key != "tools"}, *messages[1:]]
-    calls = tuple((call["name"], call["arguments"]) for call in row.get("calls") or ())
-    language, group = row.get("language", ""), calls[0][0] if calls else ""
-    return Case(Question(group, language, messages, ", ".join(gt), tools=tools or None, calls=calls), tuple(gt))
+    calls = row.get("calls") or []
+    if not isinstance(calls, list) or not all(map(is_call, calls)):
+        raise ValueError('"calls" is no list of calls. Give [{"name": "...", "arguments": {...}}, ...], or leave it out.')
+    language, group = row.get("language", ""), calls[0]["name"] if calls else ""
+    question = Question(group, language, messages, ", ".join(gt), tools=tools or None)
+    return Case(question, tuple(gt), tuple((call["name"], call["arguments"]) for call in calls))
+
+
+def is_call(call):
+    """Whether this is {"name": text, "arguments": object}."""
+    return isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
 
 
 def toy_cases(level, limit):
     """Held-out questions of the toy world that need a tool, half in each language."""
     questions = map(question_of_item, make_world(level).items("sft", "tools", "heldout", limit))
-    return [Case(replace(question, skill=question.calls[0][0])) for question in questions]
+    return [Case(replace(question, skill=question.calls[0][0]), calls=question.calls) for question in questions]
 
 
 def same_calls(made, wanted):
@@ -141,7 +159,7 @@ def judge(case, right, messages, box):
     said = [message for message in messages if message["role"] == "assistant"]
     calls = [(call["name"], call["arguments"]) for message in said for call in message.get("tool_calls", ())]
     broken = sum(message["content"].count(CALL) for message in said)  # what is no call has remained content
-    return {"success": case.is_right(right, messages), "exact": same_calls(calls, list(case.question.calls)) and not broken,
+    return {"success": case.is_right(right, messages), "exact": same_calls(calls, list(case.calls)) and not broken,
             "no_call": not calls and not broken, "calls": len(calls) + broken,
             "invalid": broken + sum(box.fault(*call) is not None for call in calls)}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from dataset.jsonl import in_share
 from dataset.lm_dataset import SFTDataset
 from dataset.lora_examples import keyword_questions, main
 from dataset.medical_topics import TOPICS
@@ -90,6 +91,12 @@ def test_the_stage_reads_them_whole(folder, tmp_path):
     for example in ("identity", "medical"):
         dataset = SFTDataset(folder / f"{example}_train.jsonl", tokenizer, 256, cache_dir=tmp_path, num_proc=1)
         assert len(dataset) == len(rows(folder / f"{example}_train.jsonl")) and "0 cut" in str(dataset.report)
+
+
+def test_a_share_of_a_file_has_the_questions_of_that_share(folder):
+    path = folder / "medical_train.jsonl"
+    chosen = [one for line, one in enumerate(keyword_questions(path), 1) if in_share(line, 0.1)]
+    assert keyword_questions(f"{path}@0.1") == chosen and len(chosen) == 56
 
 
 def test_rows_without_a_keyword_are_named(tmp_path):

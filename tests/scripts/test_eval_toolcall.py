@@ -6,12 +6,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dataset.jsonl import in_share
 from dataset.toy_scorer import wilson
 from dataset.toy_tools import run_tool
 from dataset.toy_world import agent_row, make_world
+from model.model_lora import AdapterOnly, LoRASettings, add_adapter, merge_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from scripts import eval_toolcall
 from tests.scripts.own_tools import write_tools
+from trainer.evaluation import evaluation_engine
 
 ITEMS = list(make_world("mini").items("sft", "tools", "heldout", 24))
 
@@ -155,12 +158,78 @@ def test_own_tools_and_rows_that_only_say_what_the_answer_holds(folder, says, tm
     assert '{"result": 372}' in prompts[-1] and "Be brief." in prompts[-1] and '"multiply"' in prompts[0]
 
 
+POST = '''
+from dataset.tools import tool
+
+@tool
+def send(to: str) -> str:
+    """Send a letter.
+
+    Args:
+        to: To whom.
+    """
+    open("SENT", "a").write(to)
+    return "sent"
+'''
+
+
+def test_expected_calls_are_not_made_but_compared(folder, says, tmp_path):
+    """The tools are the user's: only what the model calls is run."""
+    (tmp_path / "post.py").write_text(POST.replace("SENT", str(tmp_path / "sent")))
+    system = {"role": "system", "content": "", "tools": [{"name": "send"}]}
+    row = {"conversations": [system, {"role": "user", "content": "Write!"}], "gt": ["yes"],
+           "calls": [{"name": "send", "arguments": {"to": "bob"}}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--data_path", tmp_path / "rows.jsonl", "--tools", tmp_path / "post.py"]
+    says(lambda prompt: "I will not.")
+    figures = run(folder, tmp_path, *flags)["send"]
+    assert figures["no_call"] == 1 and figures["exact"] == 0 and not (tmp_path / "sent").exists()
+    says(lambda prompt: "yes" if "<tool_response>" in prompt else block("send", {"to": "bob"}))
+    figures = run(folder, tmp_path, *flags)["send"]
+    assert figures["success"] == figures["exact"] == 1 and (tmp_path / "sent").read_text() == "bob"
+
+
+def test_a_share_of_a_file(folder, says, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "gt": [f"{i}"]}) + "\n" for i in range(1, 101)))
+    says(lambda prompt: "21")
+    row = run(folder, tmp_path, "--data_path", f"{path}@0.1", limit=100)["overall"]
+    assert row["n"] == sum(in_share(i, 0.1) for i in range(1, 101)) == 10 and row["success"] == in_share(21, 0.1) / 10
+    with pytest.raises(ValueError, match=r"rows.jsonl@1e-9: there is no row in that share"):
+        run(folder, tmp_path, "--data_path", f"{path}@1e-9")
+
+
+def test_adapters_change_what_it_says(folder, says, tmp_path, monkeypatch):
+    """Two of them, one after the other, reach the network as in eval_llm.py."""
+    engines = []
+    monkeypatch.setattr(eval_toolcall, "evaluation_engine", lambda model, *rest: engines.append(model) or evaluation_engine(
+        model, *rest))
+    says(right_reply)
+    for seed, name in enumerate(("one", "two")):
+        model = MiniMindForCausalLM.from_pretrained(folder)
+        torch.manual_seed(seed)
+        add_adapter(model, LoRASettings(rank=2))
+        for x in model.parameters():
+            if x.requires_grad:
+                x.data.add_(torch.randn_like(x))
+        AdapterOnly(model, LoRASettings(rank=2), folder).save_pretrained(tmp_path / name)
+    for folders in ([], [tmp_path / "one"], [tmp_path / "one", tmp_path / "two"]):
+        run(folder, tmp_path, *(["--adapter", *folders] if folders else []), limit=1)
+        expected = MiniMindForCausalLM.from_pretrained(folder)
+        merge_adapter(expected, *folders)
+        ids = torch.arange(20, 40)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(engines[-1](ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 GOOD = {"conversations": [{"role": "user", "content": "a"}], "gt": ["1"]}
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"gt": None}, 'no "gt" with a list of strings'), ({"gt": [{"name": "f"}]}, 'no "gt" with a list of strings'),
     ({"conversations": []}, "at least one message"),
+    *(({"calls": calls}, '"calls" is no list of calls') for calls in (
+        [{"name": "f"}], [{"arguments": {}}], [{"name": "f", "arguments": "{}"}], ["f"], {"name": "f", "arguments": {}}, 1)),
     ({"conversations": [{"role": "system", "content": "", "tools": [{"name": "fly"}]}, *GOOD["conversations"]]},
      "nobody can run fly. Give --tools FILE")])
 def test_a_faulty_row_is_named(changes, message, folder, tmp_path):
