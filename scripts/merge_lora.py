@@ -37,7 +37,7 @@ class MergeArgs:
     adapter: list[str] = arg([], "folders of adapters (PEFT format)", nargs="+")
     save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
     out: str = arg("", "folder to write (default: SAVE_DIR/merged_<preset or size>)")
-    overwrite: bool = arg(False, "replace that folder, should it be there")
+    overwrite: bool = arg(False, "replace that folder, should it be there as an earlier result of this script")
     preset: str = arg("", "which of the runs of that name; for a .pth file, its shape", choices=list(PRESETS))
     hidden_size: int | None = arg(None, "for a .pth file: width, in place of the preset's")
     num_hidden_layers: int | None = arg(None, "for a .pth file: layers, in place of the preset's")
@@ -60,12 +60,17 @@ def hashes(record):
     return record.get("base_sha256"), sorted(one["sha256"] for one in record["adapters"])
 
 
-def check_place(out, overwrite):
-    """ValueError if the folder cannot be written, or holds something and must not be replaced."""
+def check_place(out, overwrite, sources):
+    """ValueError if the folder cannot be written, or holds something that must not be replaced; sources: what is merged."""
     if problem := why_unwritable(out):
         raise ValueError(f"{problem}: choose another --out than {out}, or give back the right to write there")
     if (out / "checkpoints").is_dir():
         raise ValueError(f"{out} is the folder of a training run: choose another --out")
+    for source in sources:
+        if Path(source).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out} holds {source}, which is merged here: choose another --out")
+    if out.exists() and not (out / RECORD).is_file():
+        raise ValueError(f"{out} is there already and holds no {RECORD}, so it does not come from here: choose another --out")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} is there already: choose another --out, or replace it (--overwrite)")
 
@@ -92,7 +97,7 @@ def main(argv=None):
     out = Path(args.out or Path(args.save_dir) / f"merged_{shape_name(model.config)}")
     if hashes(read_record(out)) == hashes(record):
         return print(f"{out} is that already: nothing to do")
-    check_place(out, args.overwrite)
+    check_place(out, args.overwrite, [source, *args.adapter])
     merge_adapter(model, *(one["folder"] for one in added))
     take_template(tokenizer, args.adapter)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -102,15 +107,18 @@ def main(argv=None):
 
 
 def write(model, tokenizer, record, out):
-    """Write the checkpoint folder beside its place, and move it there when it is whole."""
-    draft = out.with_name(f".{out.name}.new")
+    """Write the checkpoint folder beside its place, and move it there when it is whole; only then what was there is deleted."""
+    out = out.resolve()
+    draft, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     write_json(draft / RECORD, record)
     if out.exists():
-        shutil.rmtree(out)
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
     draft.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == "__main__":

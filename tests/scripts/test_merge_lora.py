@@ -115,9 +115,52 @@ def test_a_folder_that_is_there_is_replaced_only_on_demand(out):
     torch.testing.assert_close(logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "a"), rtol=1e-4, atol=1e-5)
     main([*command, str(out / "b"), "--overwrite"])
     torch.testing.assert_close(logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "b"), rtol=1e-4, atol=1e-5)
+    assert not [path for path in out.iterdir() if path.name.startswith(".merged")]
     (out / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="is the folder of a training run"):
         main(["--save_dir", str(out), "--adapter", str(out / "a"), "--out", str(out / "run"), "--overwrite"])
+
+
+@pytest.mark.parametrize("place, message", [
+    ("thesis", "thesis is there already and holds no merged_adapters.json, so it does not come from here: choose another --out"),
+    ("full_sft_16x1", "full_sft_16x1 holds .*full_sft_16x1, which is merged here"), ("a", "/a holds .*/a, which is merged here"),
+    ("link", "link holds .*full_sft_16x1, which is merged here"), (".", "holds .*full_sft_16x1, which is merged here")])
+def test_only_its_own_results_are_replaced(place, message, out):
+    (out / "thesis").mkdir()
+    (out / "thesis" / "chapter1.tex").write_text("years")
+    (out / "link").symlink_to(out / "full_sft_16x1")
+    for folder in ("full_sft_16x1", "a", "."):
+        (out / folder / "merged_adapters.json").write_text('{"adapters": []}')
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        main(["--save_dir", str(out), "--adapter", str(out / "a"), "--out", str(out / place), "--overwrite"])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_replacement_that_is_cut_off_loses_nothing(out, monkeypatch):
+    command = ["--save_dir", str(out), "--out", str(out / "merged"), "--overwrite", "--adapter"]
+    main([*command, str(out / "a")])
+    first, rename = logits(out / "merged"), Path.rename
+
+    def cut(path, target):
+        if path.name == ".merged.new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", cut)
+        main([*command, str(out / "b")])
+    assert torch.equal(logits(out / ".merged.old"), first)
+    main([*command, str(out / "b")])
+    torch.testing.assert_close(logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "b"), rtol=1e-4, atol=1e-5)
+    assert not [path for path in out.iterdir() if path.name.startswith(".merged")]
+
+
+def test_an_adapter_of_another_network_is_said(out, tmp_path):
+    base = tmp_path / "other"
+    save_base(base, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    with pytest.warns(UserWarning, match="/a was trained on another network than this"):
+        main(["--from_weight", str(base), "--adapter", str(out / "a"), "--out", str(tmp_path / "merged")])
 
 
 def test_mistakes_are_named_and_leave_nothing(out, tmp_path, capsys):
