@@ -12,7 +12,8 @@ LEVELS = ("*", "*/*")  # out/full_sft_tiny, out/quickstart/full_sft_tiny
 class RunFolder:
     """A checkpoint (kind "model") or a PEFT adapter (kind "adapter"); `name` is its path within the save folder.
 
-    chats: its tokenizer has a chat template; an adapter's is that of its `base`, None where that is not found.
+    chats: its tokenizer has a chat template; an adapter's is that of its `base` (None where that is
+    not found) or, where that has none, one of its own.
     """
 
     name: str
@@ -40,7 +41,8 @@ def read_folder(folder, save_dir):
     name = folder.relative_to(save_dir).as_posix()
     if (folder / "adapter_config.json").is_file() and any(folder.glob("adapter_model*")):
         base = find_base(folder, save_dir)
-        return RunFolder(name, folder, "adapter", base is None or has_chat_template(base), base)
+        chats = base is None or has_chat_template(base) or (folder / "chat_template.jinja").is_file()
+        return RunFolder(name, folder, "adapter", chats, base)
     says_nothing = "ForSequenceClassification" in str(read_json(folder / "config.json").get("architectures"))
     if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")) and not says_nothing:
         return RunFolder(name, folder, "model", has_chat_template(folder))

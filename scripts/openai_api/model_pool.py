@@ -16,7 +16,7 @@ from model.engine_thread import EngineThread
 from model.model_lora import merge_adapter
 from scripts.openai_api.errors import ApiError, busy
 from scripts.openai_api.grammars import Grammars
-from trainer.weights import find_weight, read_weight
+from trainer.weights import find_weight, read_weight, take_template
 
 SCORE_ROWS = 256  # prompt tokens whose logits [rows, V] are in memory at a time
 
@@ -189,6 +189,7 @@ def load_models(args, run):
         model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
         if adapter:
             merge_adapter(model, adapter)
+            take_template(tokenizer, [adapter])
         parent = base_name if adapter else None
         served[name] = ServedModel(name, model.to(run.device).eval(), tokenizer, limits, parent, **options)
     return served

@@ -14,7 +14,7 @@ from model.engine_thread import EngineThread
 from model.model_lora import merge_adapter
 from model.model_minimind import MiniMindForCausalLM
 from trainer.run import choose_device, choose_dtype
-from trainer.weights import check_vocabulary
+from trainer.weights import check_vocabulary, take_template
 
 MOST_LOADED = 3  # the one that was used longest ago makes room
 TOGETHER = 4  # answers that an engine writes side by side; others wait
@@ -65,6 +65,7 @@ def _load(name, folder, adapter, stamp, device, dtype, int8, max_len):
     check_vocabulary(model, tokenizer, folder)
     if adapter:
         merge_adapter(model, adapter)
+        take_template(tokenizer, [adapter])
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     device = choose_device(device)
     engine = Engine(model.to(device).eval(), tokenizer, TOGETHER, max_len, choose_dtype(dtype, device), int8)

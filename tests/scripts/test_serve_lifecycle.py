@@ -1,6 +1,7 @@
 """Who may come in, how many, what happens when clients leave, and how the server ends."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,10 +16,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from scripts.openai_api.model_pool import load_models
 from scripts.serve_openai_api import ServeArgs, main
 from tests.scripts.served import ROOT, Running, small_network, wait_until
 from tests.scripts.test_serve_bad_requests import refused
 from trainer.arguments import parse_args
+from trainer.run import Compute
 
 HI = [{"role": "user", "content": "hi"}]
 ENDLESS = {"model": "chat", "messages": HI, "ignore_eos": True, "temperature": 0}
@@ -219,6 +222,22 @@ def test_a_process_serves_several_models_drains_and_ends(tmp_path):
         assert process.wait(20) == 0
     finally:
         process.kill()
+
+
+def test_an_adapter_that_taught_to_chat_brings_its_template(tmp_path):
+    save_checkpoints(tmp_path)
+    (tmp_path / "full_sft_small" / "chat_template.jinja").unlink()
+    shutil.copytree(tmp_path / "poet_adapter", tmp_path / "raw")
+    (tmp_path / "poet_adapter" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    args = parse_args(ServeArgs, ["--save_dir", str(tmp_path), "--device", "cpu", "--weight", "full_sft", "--adapter",
+                                  f"poet={tmp_path / 'poet_adapter'}", f"raw={tmp_path / 'raw'}"])
+    served = load_models(args, Compute(args))
+    try:
+        assert {name: one.chats for name, one in served.items()} == {"full_sft": False, "poet": True, "raw": False}
+        assert served["poet"].tokenizer.chat_template == "{{ messages[0].content }}"
+    finally:
+        for one in served.values():
+            one.thread.close(10)
 
 
 @pytest.mark.parametrize("written, message", [

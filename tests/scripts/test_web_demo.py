@@ -208,6 +208,18 @@ def test_checkpoints_adapters_and_pretrained_ones_can_be_picked(out, monkeypatch
     assert turn.replies[0].request.prompt == [0, *turn.loaded.tokenizer("once").input_ids]
 
 
+def test_an_adapter_that_taught_to_chat_brings_its_template(out, tmp_path):
+    shutil.copytree(out / "more/pretrain", tmp_path / "pretrain")
+    for name in ("lora_raw", "lora_chat"):
+        make_adapter(tmp_path / name, "pretrain")
+    (tmp_path / "lora_chat" / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    runs = {run.name: run for run in find_checkpoints(tmp_path)}
+    loaded = {name: engines.get(run, run.base, web_args(tmp_path)) for name, run in runs.items()}
+    assert {name: one.chats for name, one in loaded.items()} == {"lora_chat": True, "lora_raw": False, "pretrain": False}
+    tokens = loaded["lora_chat"].encode([{"role": "user", "content": "hi"}], None, None)
+    assert loaded["lora_chat"].tokenizer.decode(tokens) == "<hi>"
+
+
 def test_an_adapter_without_its_base_asks_for_one(out, monkeypatch, tmp_path):
     shutil.copytree(out / "chat_a", tmp_path / "renamed")
     make_adapter(tmp_path / "lora", "gone")

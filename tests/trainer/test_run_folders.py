@@ -34,6 +34,14 @@ def test_an_adapter_whose_base_is_gone_still_is_offered(out):
     assert next(run for run in find_checkpoints(out) if run.name == "lora_lost").base is None
 
 
+def test_an_adapter_chats_if_it_or_its_base_does(out):
+    for name in ("lora_raw", "lora_chat"):
+        make_adapter(out / name, "more/pretrain")
+    (out / "lora_chat" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    chats = {run.name: run.chats for run in find_checkpoints(out)}
+    assert chats["lora_chat"] and not chats["lora_raw"] and chats["lora_a"]
+
+
 def test_folders_without_weights_and_damaged_files_are_passed_over(out):
     (out / "empty").mkdir()
     (out / "empty/config.json").write_text("{")
