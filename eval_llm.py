@@ -27,7 +27,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.lora_examples import keyword_questions
 from dataset.toy_world import accuracy_table, format_table, heldout_questions, make_world
 from model.engine import Engine
-from model.model_lora import adapter_names, load_adapter, set_adapter
+from model.model_lora import adapter_names, free_name, load_adapter, set_adapter
 from model.model_minimind import PRESETS
 from model.sampling import SamplingParams
 from trainer.arguments import arg, check_not_negative, check_positive, check_share, command, parse_args
@@ -117,7 +117,7 @@ def load(args, device):
     """(model, tokenizer, whether it chats) of --weight, with every --adapter switched on."""
     model, tokenizer = read_weight(args.weight, args, device)
     for folder in args.adapter:
-        load_adapter(model, folder, Path(folder).resolve().name.replace(".", "_"))
+        load_adapter(model, folder, free_name(model, Path(folder).resolve().name))
     set_adapter(model, adapter_names(model))
     take_template(tokenizer, args.adapter)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]

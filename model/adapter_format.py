@@ -31,6 +31,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNSUPPORTED = ("modules_to_save", "layer_replication", "megatron_config", "trainable_token_indices", "lora_bias", "use_qalora",
                "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
                "fan_in_fan_out")
+# values of init_lora_weights (or how they begin) with which PEFT changes the base's weights too
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # in PEFT's order, the first one wrapped innermost
 GRANITE_NAMES = (
     (".mlp.experts.", ".block_sparse_moe.experts."),
@@ -114,6 +116,9 @@ def read_adapter(folder):
         rank, alpha = (setting_for(layer, config, *keys) for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
         if B is None or len(A) % rank or B.shape[1] != len(A):
             raise ValueError(f"{path}: {stem} has no lora_A and lora_B of rank {rank}, as {CONFIG} says; save the adapter again")
+        if (magnitude is not None) != bool(config.get("use_dora")):
+            raise ValueError(f"{path}: {stem} has {'no' if magnitude is None else 'a'} lora_magnitude_vector, but use_dora is "
+                             f"{config.get('use_dora', False)} in {CONFIG}; save the adapter again")
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         layers |= under_our_names(layer, A, B, rank, scale, magnitude)
         unread -= {*names}
@@ -130,11 +135,22 @@ def read_adapter_config(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}. Give the folder of a PEFT adapter") from error
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r} cannot be read; it must be 'LORA'")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type {kind!r} cannot be read; it must be 'LORA'")
     used = [name for name in UNSUPPORTED if config.get(name)] + (["bias"] if config.get("bias", "none") != "none" else [])
     if used:
         raise ValueError(f"{path}: {used[0]} is not supported; merge this adapter with the PEFT library")
+    beginning = config.get("init_lora_weights")
+    if str(beginning).lower().startswith(CHANGES_BASE):
+        raise ValueError(f"{path}: init_lora_weights {beginning!r} has changed the network's weights too, which are not in this "
+                         "folder; with the PEFT library merge the adapter, or save it as plain LoRA "
+                         "(save_pretrained(..., path_initial_model_for_weight_conversion=...))")
+    ranks, alphas = ([config.get(name), *(config.get(pattern) or {}).values()]
+                     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")))
+    if not all(isinstance(x, int) and x > 0 for x in ranks) or not all(isinstance(x, int | float) and x > 0 for x in alphas):
+        raise ValueError(f"{path}: r {ranks[0]!r}, lora_alpha {alphas[0]!r} and those for single layers must be above 0, r a "
+                         "whole number; save the adapter again")
     return config
 
 

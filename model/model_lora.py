@@ -16,15 +16,18 @@ A begins random and B with zeros, so at first nothing is changed. The E experts 
 On disk an adapter is a folder of the PEFT library: see `adapter_format.py`.
 """
 
-import hashlib
+import re
+import warnings
 from functools import partial
+from itertools import chain, count
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter_format import Factors, LoRASettings, check_expressible, read_adapter, read_metadata, write_adapter
+from .adapter_format import CONFIG, Factors, LoRASettings, check_expressible, read_adapter, read_metadata, write_adapter
 from .model_minimind import Experts
+from .native_format import network_sha256
 
 __all__ = ["AdapterOnly", "LoRASettings", "add_adapter", "fold_adapters", "load_adapter", "merge_adapter", "set_adapter"]
 
@@ -58,7 +61,8 @@ class LowRank(nn.Module):
 
     def sum_with(self, weight):
         """W + s B A, float32."""
-        return weight.float() + self.scale * (self.B.float() @ self.A.float())
+        with torch.autocast(weight.device.type, enabled=False):  # which would multiply in bfloat16
+            return weight.float() + self.scale * (self.B.float() @ self.A.float())
 
     def merged_with(self, weight):
         """The weight with which a bare layer computes what layer and adapter compute, float32."""
@@ -146,7 +150,10 @@ def chosen_layers(model, target_modules):
 
 
 def read_fitting(model, folder):
-    """`read_adapter`, and ValueError if a layer that the adapter is for is not in the network or has another shape."""
+    """`read_adapter`, and ValueError if a layer that the adapter is for is not in the network or has another shape.
+
+    A warning if the folder says that it was trained on other weights; PEFT's own say nothing about that.
+    """
     adapter, layers = read_adapter(folder), adaptable_layers(model)
     for layer, factors in adapter.items():
         if layer not in layers:
@@ -154,17 +161,34 @@ def read_fitting(model, folder):
         own, shape = list(getattr(*layers[layer]).shape), [*factors.B.shape[:-1], factors.A.shape[-1]]
         if own != shape:
             raise ValueError(f"{folder}: {layer} is {own} in the network, {shape} in the adapter; the adapter is for another one")
+    trained_on = read_metadata(folder).get("base_sha256")
+    if trained_on and trained_on != network_sha256(model):
+        warnings.warn(f"{folder} was trained on another network than this (or before others were merged into this one): what "
+                      f"it adds may make no sense here. Its own is named in its {CONFIG}", stacklevel=3)
     return adapter
 
 
 # ---- adapters in a network
 
 
+def is_forbidden(name):
+    """Whether PyTorch has no place for a module of that name in a ModuleDict."""
+    return not name or "." in name or hasattr(nn.ModuleDict(), name)
+
+
+def free_name(model, wish):
+    """`wish` as the name of one more adapter: without dots and spaces, "adapter-" before a forbidden one, numbered if taken."""
+    wish = re.sub(r"[.\s]", "_", wish)
+    wish = f"adapter-{wish}" if is_forbidden(wish) else wish
+    names = chain([wish], (f"{wish}-{number}" for number in count(2)))
+    return next(name for name in names if name not in adapter_names(model))
+
+
 def attach(model, layers, name):
     """Put an adapter, {layer's name: LowRank}, beside the weights. The layers keep their weights, under their old names."""
     if name in adapter_names(model):
         raise ValueError(f"the network has an adapter {name!r} already: give this one another name")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if is_forbidden(name):
         raise ValueError(f"an adapter cannot be named {name!r}: give another name, without dots")
     there = adaptable_layers(model)
     for layer, low_rank in layers.items():
@@ -251,8 +275,8 @@ def merge_adapter(model, *folders):
 class AdapterOnly:
     """A network with an adapter in training, as a checkpoint wants to see it: only the adapter is saved and restored.
 
-    base: where the network comes from, for adapter_config.json. A hash of the frozen weights stands in the file, so that a
-    run is only gone on with on the network that it began with.
+    base: where the network comes from, for adapter_config.json. A hash of the network without adapter stands in the file, so
+    that a run is only gone on with on the network that it began with.
     """
 
     def __init__(self, model, settings, base, name="default"):
@@ -261,10 +285,7 @@ class AdapterOnly:
         for layer, (module, weight) in adaptable_layers(model).items():
             if isinstance(module, Adapted) and name in module.lora[weight]:
                 self.paths[layer] = f"{layer.removesuffix(f'.{weight}')}.lora.{weight}.{name}"
-        digest = hashlib.sha256()
-        for x in (x for x in model.parameters() if not x.requires_grad):
-            digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
-        self.base_sha256 = digest.hexdigest()
+        self.base_sha256 = network_sha256(model)
 
     def state_dict(self):
         """{name in the network: tensor} of all that is trained."""

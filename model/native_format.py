@@ -12,6 +12,7 @@ A reward model (`reward_model.py`) is written as the `...ForSequenceClassificati
 Everything here is a renaming; no number changes. `MiniMindForCausalLM.save_pretrained` and `.from_pretrained` call it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -189,6 +190,22 @@ def merge_experts(state, num_experts):
     return state
 
 
+def network_sha256(model):
+    """SHA-256, in hex, of what decides a network's logits: its weights by name, and what they cannot tell of its shape.
+
+    Adapters in it do not count, nor does what concerns training alone, such as dropout.
+    """
+    digest, config = hashlib.sha256(), model.config
+    names = ["num_attention_heads", "rms_norm_eps", "rope_parameters"]
+    names += ["num_experts_per_tok", "norm_topk_prob"] if config.num_experts else []
+    digest.update(json.dumps({name: getattr(config, name) for name in names}, sort_keys=True).encode())
+    for name, x in model.named_parameters():
+        if ".lora." not in name:
+            digest.update(f"{name} {list(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def replace_file(path, write):
     """Call `write(temporary path)`, then put the result in place of `path` in one move: never a half-written file.
 
@@ -287,6 +304,9 @@ def load_strictly(model, state, where):
     own = model.state_dict()
     if "lm_head.weight" in own and model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    if "score.weight" in state and "score.weight" not in own:
+        raise ValueError(f"{where} is a reward model, which says how good a text is and cannot write one: give a language model, "
+                         "such as the one that it began as")
     wrong = [f"{name}: missing" for name in own if name not in state]
     wrong += [f"{name}: not part of this network" for name in state if name not in own]
     wrong += [f"{name}: shape {list(x.shape)}, the network has {list(own[name].shape)}"

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 import eval_llm
 from model.model_lora import AdapterOnly, LoRASettings, add_adapter, merge_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.reward_model import MiniMindForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,6 +151,22 @@ def test_adapters_are_added_up_and_switched_in_the_chat(out, tmp_path, monkeypat
     assert [answer.sampled for answer in answers] == [expected[name] for name in ("one two_1", *names[:-1], "one two_1")]
     said = capsys.readouterr().out
     assert "[adapter: two_1]" in said and "[there is no adapter 'three'; there are: one, two_1]" in said
+
+
+def test_adapters_of_any_folder_names_get_names(out, tmp_path, monkeypatch, capsys):
+    base = out / "full_sft_16x1"
+    folders = [adapter(tmp_path / name, base, seed) for seed, name in enumerate(("lora", "more/lora", "train"))]
+    type_lines(monkeypatch, "/adapter lora-2 adapter-train", "/adapter x", "/exit")
+    eval_llm.main(flags(out, "--adapter", *folders))
+    said = capsys.readouterr().out
+    assert "[adapter: lora-2 adapter-train]" in said and "there are: lora, lora-2, adapter-train]" in said
+
+
+def test_a_reward_model_is_named(out):
+    model = MiniMindForCausalLM.from_pretrained(out / "full_sft_16x1")
+    MiniMindForSequenceClassification.from_causal_lm(model).save_pretrained(out / "reward_16x1")
+    with pytest.raises(ValueError, match=r"reward_16x1 is a reward model, .*: give a language model"):
+        eval_llm.main(flags(out, "--weight", "reward", "--prompt", "hi"))
 
 
 def test_an_adapter_in_place_of_a_network_is_named(out, tmp_path):

@@ -18,12 +18,14 @@ from model.model_lora import (
     adapter_names,
     add_adapter,
     fold_adapters,
+    free_name,
     load_adapter,
     merge_adapter,
     read_adapter,
     set_adapter,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.native_format import network_sha256
 from model.sampling import SamplingParams
 
 SHAPE = dict(
@@ -376,11 +378,25 @@ def test_faulty_folders_are_named(tmp_path):
     for change, message in (({"peft_type": "IA3"}, "peft_type 'IA3'"), ({"bias": "all"}, "bias is not supported"),
                             ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
                             ({"lora_bias": True}, "lora_bias is not supported"), ({"r": 3}, "of rank 3"),
+                            ({"r": None}, "adapter_config.json: r None, lora_alpha 8 "), ({"r": 0}, "r 0, lora_alpha 8 "),
+                            ({"r": 4.0}, "r a whole number"), ({"lora_alpha": 0}, "r 4, lora_alpha 0 "),
+                            ({"lora_alpha": None}, "r 4, lora_alpha None "), ({"rank_pattern": {"q_proj": 0}}, "single layers"),
+                            ({"alpha_pattern": {"q_proj": "8"}}, "single layers"),
+                            ({"use_dora": True}, "has no lora_magnitude_vector, but use_dora is True"),
+                            *(({"init_lora_weights": how}, f"init_lora_weights '{how}' has changed the network's weights")
+                              for how in ("pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga")),
                             ({"target_parameters": ["other"]}, "names no weight of model.layers.0.mlp.experts")):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
             read_adapter(folder)
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="peft_type None"):
+        read_adapter(folder)
+    del config["r"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="r None"):
+        read_adapter(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
     tensors = load_file(folder / "adapter_model.safetensors")
     halves = {name: x for name, x in tensors.items() if "lora_A" in name}
     for contents, message in (({**tensors, "lm_head.weight": torch.ones(1)}, "holds lm_head.weight: only LoRA"),
@@ -414,7 +430,8 @@ def test_settings_and_names_out_of_range_are_refused():
             LoRASettings(**options)
     model = network()
     add_adapter(model, LoRASettings(rank=2), "one")
-    for name, message in (("one", "already"), ("a.b", "without dots"), ("keys", "cannot be named"), ("", "cannot be named")):
+    for name, message in (("one", "already"), ("a.b", "without dots"), ("keys", "cannot be named"), ("", "cannot be named"),
+                          ("training", "cannot be named")):
         with pytest.raises(ValueError, match=message):
             add_adapter(model, LoRASettings(rank=2), name)
 
@@ -425,3 +442,81 @@ def test_a_run_is_gone_on_with_on_its_own_network_only(tmp_path):
     add_adapter(other, LoRASettings(rank=3, alpha=8))
     with pytest.raises(ValueError, match=r"trained on another network than full_sft is now"):
         AdapterOnly(other, LoRASettings(rank=3, alpha=8), "full_sft").read_weights(tmp_path / "adapter")
+
+
+def test_any_wish_becomes_a_name():
+    model = network()
+    for wish, name in (("lora", "lora"), ("lora", "lora-2"), ("lora", "lora-3"), ("train", "adapter-train"),
+                       ("training", "adapter-training"), ("my run.1", "my_run_1"), ("", "adapter-")):
+        assert free_name(model, wish) == name
+        add_adapter(model, LoRASettings(rank=2, target_modules=["q_proj"]), name)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora", "eva", "orthogonal", "mica"])
+def test_an_adapter_that_needs_another_base_is_refused_and_others_are_read(how, tmp_path):
+    """The reference is PEFT's own network in memory, whose base is as the adapter needs it."""
+    expected = logits(peft_on_disk(tmp_path, init_lora_weights=how))
+    if how.startswith(("pissa", "olora")):
+        with pytest.raises(ValueError, match=f"init_lora_weights '{how}' has changed the network's weights too"):
+            merge_adapter(network(), tmp_path / "adapter")
+    else:
+        torch.testing.assert_close(logits(merge_adapter(network(), tmp_path / "adapter")), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_a_dora_without_its_lengths_is_refused(tmp_path):
+    peft_on_disk(tmp_path, use_dora=True)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: x for name, x in tensors.items() if "magnitude" not in name}, path)
+    with pytest.raises(ValueError, match="has no lora_magnitude_vector, but use_dora is True"):
+        read_adapter(tmp_path / "adapter")
+    save_file(tensors, path)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": False}))
+    with pytest.raises(ValueError, match="has a lora_magnitude_vector, but use_dora is False"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_another_network_of_the_same_shape_gives_a_warning(tmp_path):
+    ours_on_disk(tmp_path / "ours", "qwen3")
+    peft_on_disk(tmp_path / "theirs")
+    ours, theirs = tmp_path / "ours" / "adapter", tmp_path / "theirs" / "adapter"
+    theta = {"rope_type": "default", "rope_theta": 1e4}
+    for changes in (dict(seed=7), dict(rope_parameters=theta), dict(rms_norm_eps=1e-5)):
+        with pytest.warns(UserWarning, match="ours/adapter was trained on another network than this"):
+            merge_adapter(network(**changes), ours)
+        with pytest.warns(UserWarning, match="ours/adapter was trained on another network than this"):
+            load_adapter(network(**changes), ours, "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_adapter(network(seed=7), theirs)
+        model = MiniMindForCausalLM.from_pretrained(tmp_path / "ours" / "base")
+        load_adapter(model, theirs, "theirs")
+        load_adapter(model, ours, "ours")  # beside another one
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_hash_of_a_network_is_that_of_what_it_computes(kind, tmp_path):
+    model = network(kind, dropout=0.1, max_position_embeddings=64)  # which concern training and caches alone
+    expected = network_sha256(model)
+    model.save_pretrained(tmp_path)
+    assert network_sha256(MiniMindForCausalLM.from_pretrained(tmp_path)) == expected
+    add_adapter(model, LoRASettings(rank=2))
+    assert network_sha256(model) == expected == network_sha256(network(kind))
+    others = [network(kind, seed=1), network(kind, rms_norm_eps=1e-5)]
+    others += [network(kind, num_experts_per_tok=1)] if "num_experts" in NETWORKS[kind] else []
+    with torch.no_grad():
+        model.model.norm.weight[-1].add_(1e-6)
+    assert len({expected, *map(network_sha256, [model, *others])}) == 2 + len(others)
+
+
+def test_lengths_are_computed_in_float32_under_autocast():
+    model = network()
+    add_adapter(model, LoRASettings(rank=4, use_dora=True))
+    randomize(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    low_rank = layer.lora["weight"]["default"]
+    exact = layer.weight.double() + low_rank.scale * low_rank.B.double() @ low_rank.A.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = low_rank.sum_with(layer.weight)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
