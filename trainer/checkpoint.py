@@ -234,7 +234,7 @@ class Checkpoint:
         changed = [f"--{name} {theirs[name]!r} -> {ours[name]!r}" for name in ours
                    if name not in (*self.args.FREE, "data_path", "val_path") and name in theirs and ours[name] != theirs[name]]
         if progress["fingerprint"] != self.fingerprint:
-            changed.insert(0, "the data (or the tokenizer, or its template)")
+            changed.insert(0, "the data (or the tokenizer, its template, or the weights of the reference or teacher)")
         if progress["arithmetic"] != self.arithmetic:
             changed.append(f"{progress['arithmetic']} -> {self.arithmetic}")
         if self.rows_per_step != progress["rows_per_step"]:

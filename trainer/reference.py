@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -72,8 +73,9 @@ class Reference:
 
 
 def weights_sha256(model):
-    """SHA-256, in hex, of a network's parameters and their names."""
-    digest = hashlib.sha256()
+    """SHA-256, in hex, of what a network computes with: its parameters, their names, and its configuration."""
+    config = {name: x for name, x in model.config.to_dict().items() if name not in ("transformers_version", "_name_or_path")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, x in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(x.detach().cpu().contiguous().numpy())

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from dataset.inspect_rows import show_rows
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import IGNORE, PackedBatches, collate, pack
+from dataset.token_cache import fingerprint
 from dataset.toy_world import write_world
 from model.engine import Engine
 from model.model_minimind import PRESETS
@@ -49,6 +50,7 @@ from trainer.distillation_losses import distillation_sums
 from trainer.evaluation import bits_per_byte, validate, validation_sets
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
+from trainer.reference import weights_sha256
 from trainer.run import Run
 from trainer.sharding import read_config
 from trainer.steps import count_targets
@@ -138,7 +140,7 @@ class StudentAnswers:
     """Puts the student's own answers into a step (Agarwal et al. 2024, algorithm 1, with a draw for each row).
 
     Which rows get one, and which one, depends on (seed, step, row) alone: a resumed run samples what an uninterrupted
-    one samples, and so do the same rows split into other micro-batches or among other ranks.
+    one samples, and so do the same rows split into other micro-batches or among other ranks, up to float ties.
     """
 
     def __init__(self, model, tokenizer, run, args):
@@ -231,6 +233,7 @@ def main(argv=None):
             args.data_path = [str(TOY / "sft_train.jsonl")]
         model, tokenizer = load_model(args, run.device)
         teacher = load_teacher(args, tokenizer, run.device)
+        teachers_name = run.ranks.from_first(lambda: weights_sha256(teacher))
         folder = run_folder(args, model.config, run.ranks)
 
         def build(paths):
@@ -242,8 +245,9 @@ def main(argv=None):
             return show_rows(dataset, tokenizer, args.inspect)
         run.say(dataset.report)
         training, held_out = validation_sets(args, dataset, build)
+        data = fingerprint(data=training.fingerprint, teacher=teachers_name)
         optimizer = build_optimizer(model, args)
-        checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
+        checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, data)
         batches = PackedBatches(
             training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
             seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id,
@@ -262,8 +266,7 @@ def main(argv=None):
             scores, text = validate(model, tokenizer, held_out, run, args, index)
             return scores | teachers_scores, text
 
-        with Loop(folder, args, run, model, optimizer, checkpoint, batches, training.fingerprint,
-                  evaluate if held_out else None) as loop:
+        with Loop(folder, args, run, model, optimizer, checkpoint, batches, data, evaluate if held_out else None) as loop:
             for micro_batches in loop:
                 if answers:
                     micro_batches = answers.into(micro_batches, loop.done)

@@ -144,6 +144,15 @@ def test_an_interrupted_run_resumes_bit_for_bit(options, distil, tmp_path, monke
     assert figures(resumed) == figures(whole)
 
 
+def test_a_run_cannot_be_resumed_with_other_weights_of_the_teacher(distil, teacher):
+    train_distillation.main(distil(max_steps=1))
+    write_network(teacher, 2, **SHAPES["dense"])  # another one of the same name
+    with pytest.raises(ValueError, match=r"something changed: the data .*or teacher"):
+        train_distillation.main(distil("--from_resume", max_steps=1))
+    write_network(teacher, 1, **SHAPES["dense"])
+    train_distillation.main(distil("--from_resume", max_steps=1))
+
+
 @pytest.mark.parametrize("options", [
     {"use_moe": 1}, {"on_policy_share": 0.5, "max_new_tokens": 8},
     pytest.param({"on_policy_share": 0.5, "max_new_tokens": 8, "deepspeed": "trainer/ds_zero2.json"}, marks=needs_deepspeed)])
