@@ -71,16 +71,22 @@ class ReasonArgs(TrainArgs):
         check_share(self, "direct_share", "empty_think_share")
 
 
-def weighted_loss(net, micro, marks, mark_weight, total_weight):
+def weighted_loss(net, micro, marks, mark_weight, num_targets, total_weight, balance_weight):
     """This micro-batch's part of the step's loss; `marks` [2] are the ids that weigh more, `total_weight` is sum_t w_t.
 
-    The head runs once on all targets, and once more on the marks for what they count beyond 1.
+    The head runs once on all targets, and once more on the marks for what they count beyond 1. balance_weight: of a mixture's
+    balance loss, which is a mean over the step's `num_targets` whatever they weigh.
     """
+    if mark_weight == 1:
+        return net(**micro, num_items_in_batch=num_targets, skip_logits=True).loss
     targets = F.pad(micro["labels"][:, 1:], (0, 1), value=IGNORE)  # B T
     is_mark = torch.isin(targets, marks)
     out = net(**micro, num_items_in_batch=total_weight, logits_to_keep=is_mark)  # out.logits: n_marks V
     mark_nll = F.cross_entropy(out.logits.float(), targets[is_mark], reduction="sum")
-    return out.loss + (mark_weight - 1) * mark_nll / total_weight
+    loss = out.loss + (mark_weight - 1) * mark_nll / total_weight
+    if out.aux_loss is not None:  # it was divided by the total weight too
+        loss = loss + balance_weight * out.aux_loss * (total_weight / num_targets - 1)
+    return loss
 
 
 def count_marks(micro_batches, tokenizer):
@@ -202,7 +208,8 @@ def main(argv=None):
                 loss = 0.0
                 for micro in micro_batches:
                     with run.micro_step(is_last=micro is micro_batches[-1]):
-                        part = weighted_loss(net, run.to_device(micro), marks, args.mark_weight, total_weight)
+                        part = weighted_loss(net, run.to_device(micro), marks, args.mark_weight, num_targets, total_weight,
+                                             model.config.router_aux_loss_coef)
                         run.backward(part)
                     loss += part.detach()
                 loop.update(run.sum(loss), num_targets, micro_batches)  # clip, step, log, validate, save

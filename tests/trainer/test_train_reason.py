@@ -80,7 +80,7 @@ def test_the_loss_is_a_weighted_mean_over_the_step(mark_weight, thoughts, tokeni
     num_targets = sum(int((micro["labels"] != -100).sum()) for micro in micro_batches)
     num_marks = train_reason.count_marks(micro_batches, tokenizer)
     total = num_targets + (mark_weight - 1) * num_marks
-    loss = sum(train_reason.weighted_loss(model, micro, marks, mark_weight, total) for micro in micro_batches)
+    loss = sum(train_reason.weighted_loss(model, micro, marks, mark_weight, num_targets, total, 0.0) for micro in micro_batches)
     loss.backward()
 
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "net").double()
@@ -100,6 +100,23 @@ def test_the_loss_is_a_weighted_mean_over_the_step(mark_weight, thoughts, tokeni
     expected = dict(reference.named_parameters())
     for name, x in model.named_parameters():
         torch.testing.assert_close(x.grad.double(), expected[name].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_balance_loss_is_the_same_for_any_weight(thoughts, tokenizer, tmp_path):
+    """And that of a plain forward: the mean over documents, weighed by their targets."""
+    model = network(num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=1.0)
+    micro_batches = packed(thoughts, tokenizer, tmp_path)[0]
+    marks = torch.tensor(train_reason.mark_ids(tokenizer))
+    num_targets = sum(int((micro["labels"] != -100).sum()) for micro in micro_batches)
+    num_marks = train_reason.count_marks(micro_batches, tokenizer)
+    expected = sum(model(**micro, num_items_in_batch=num_targets).aux_loss.item() for micro in micro_batches)
+    for mark_weight in (1.0, 21.0, 0.25):
+        parts = []
+        for model.config.router_aux_loss_coef in (1.0, 0.0):
+            parts.append(sum(train_reason.weighted_loss(
+                model, micro, marks, mark_weight, num_targets, num_targets + (mark_weight - 1) * num_marks,
+                model.config.router_aux_loss_coef).item() for micro in micro_batches))
+        assert parts[0] - parts[1] == pytest.approx(expected, rel=1e-5) and expected > 0.9
 
 
 def test_marks_that_people_type_do_not_count(tokenizer, tmp_path):
