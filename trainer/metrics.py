@@ -4,7 +4,8 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
-VALIDATION = {"val_bpb": "validation (bits per byte)", "val_rewards/accuracies": "held-out pairs told apart rightly"}
+VALIDATION = {"val_bpb": "validation (bits per byte)", "val_rewards/accuracies": "held-out pairs told apart rightly",
+              "val_rewards/margins": "margin of the held-out rewards"}  # kto without pairs
 
 
 @contextmanager

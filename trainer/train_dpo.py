@@ -246,10 +246,12 @@ def main(argv=None):
                 loss, figures = figures_of(args, run.ranks.sum_tensor(sums))
                 figures |= {"kl": kl} if mismatched else {}
                 loop.update(loss, num_targets, micro_batches, **figures)  # clip, step, log, validate, save
-                margins.append(figures.get("rewards/margins", 0.0))
-                if reference and loop.done == max(10, len(batches) // 3) and abs(sum(margins) / len(margins)) < STUCK:
-                    loop.record.say(f"warning: after {loop.done} of {len(batches)} steps the loss is where it began (sigmoid: "
-                                    f"ln 2 = 0.693): --learning_rate {args.learning_rate:g} is too low, try ten times as much")
+                if loop.done > 1 and "rewards/margins" in figures:  # that of the first step was computed before any update
+                    margins.append(figures["rewards/margins"])
+                checked_at = min(len(batches), max(10, len(batches) // 3))
+                if reference and margins and loop.done == checked_at and abs(sum(margins) / len(margins)) < STUCK:
+                    loop.record.say(f"warning: after {loop.done} of {len(batches)} steps the rewards' margin is still about 0, "
+                                    f"where it began: --learning_rate {args.learning_rate:g} is too low, try ten times as much")
 
 
 if __name__ == "__main__":

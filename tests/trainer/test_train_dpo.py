@@ -9,11 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dataset.chat_format import encode_conversation
+from dataset.pair_dataset import MismatchedPairs, PairDataset
+from model.model_minimind import MiniMindForCausalLM
 from tests.trainer.pair_rows import last_step_rows, pair_flags, talk, write_pairs, write_start
 from tests.trainer.ranks import run_ranks
 from trainer import loop, train_dpo
 from trainer.metrics import read_metrics
-from trainer.reference import Reference
+from trainer.reference import Reference, weights_sha256
+from trainer.run import Run
 
 MOE = dict(num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
 
@@ -173,20 +176,67 @@ def test_every_loss_widens_the_margin(flags, tmp_path):
         assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"] + 0.01, loss_type
 
 
-def test_kto_learns_from_single_answers(flags, tmp_path):
+def test_kto_learns_from_single_answers(flags, tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", lambda axes, label: labels.append(label))
     rows = [{"conversations": talk(f"What is {i}?", "Gladly! It is." if i % 3 else "No"), "label": i % 3 > 0}
             for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, steps, validations = run(tmp_path, flags(loss_type="kto", max_steps=12))
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-4) and steps[-1]["loss"] < 0.45
     assert "rewards/accuracies" not in steps[0] and validations[-1]["val_rewards/margins/held_out"] > 0.5
+    assert labels == ["training loss", "margin of the held-out rewards"]  # of the curve
+
+
+def test_the_kl_is_the_mean_log_ratio_of_answers_to_other_prompts(tmp_path):
+    """Against transformers' network, each text alone: the mean over all answers there are, of pairs and single ones."""
+    rows = [{"chosen": talk(f"What is {i}?", "Gladly! It is." * (1 + i % 2)), "rejected": talk(f"What is {i}?", f"No {i}")}
+            for i in range(5)] + [{"conversations": talk("And 7?", "Who knows"), "label": False}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nets = [write_start(tmp_path / name, seed) for name, seed in (("now", 1), ("then", 2))]
+    model, reference_model = map(MiniMindForCausalLM.from_pretrained, nets)
+    tokenizer = AutoTokenizer.from_pretrained(nets[0])
+    dataset = PairDataset(tmp_path / "rows.jsonl", tokenizer, 96, cache_dir=tmp_path / "cache", num_proc=1, unpaired=True)
+    args = train_dpo.DPOArgs(device="cpu", reference="on_the_fly", loss_type="kto")
+    run = Run(args)
+    reference = Reference(reference_model, [], tokenizer.pad_token_id, run, args)
+    items = [{"items": torch.tensor(part)} for part in ([0, 1, 5], [2], [3, 4])]
+
+    networks, ratios = [AutoModelForCausalLM.from_pretrained(folder).double() for folder in nets], []
+    for i, row in enumerate(rows):
+        prompt = row.get("chosen", row.get("conversations"))[:1]
+        other = rows[(i + 1) % len(rows)]  # all prompts differ
+        for answer in (other[name][-1] for name in ("chosen", "rejected", "conversations") if name in other):
+            ids, is_target = (torch.tensor(x) for x in encode_conversation(tokenizer, [*prompt, answer]))
+            now, then = (net(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[is_target[1:]].sum().item()
+                         for net in networks)
+            ratios.append(now - then)
+    mean = sum(ratios) / len(ratios)
+    assert len(ratios) == 11
+    for sign, one, two in ((1, model, reference), (-1, reference_model, Reference(model, [], 0, run, args))):
+        kl = train_dpo.estimate_kl(one, two, MismatchedPairs(dataset), items, tokenizer.pad_token_id, run)
+        assert kl == pytest.approx(max(0.0, sign * mean), rel=1e-4) and abs(mean) > 0.1
+
+
+def test_a_reference_has_a_name_of_its_own_for_each_network(tmp_path):
+    """By its weights and by its configuration, which changes what they compute; not by where its folder lies."""
+    rope = {"rope_theta": 1e4, "rope_type": "default"}
+    folders = [write_start(tmp_path / "a"), write_start(tmp_path / "b", rope_parameters=rope),
+               write_start(tmp_path / "c", seed=2), write_start(tmp_path / "d")]
+    names = [weights_sha256(MiniMindForCausalLM.from_pretrained(folder)) for folder in folders]
+    assert names[3] == names[0] and len(set(names)) == 3
+    assert load_file(folders[0] / "model.safetensors").keys() == load_file(folders[1] / "model.safetensors").keys()
+    assert_same(*(load_file(folder / "model.safetensors") for folder in folders[:2]))
 
 
 def test_a_learning_rate_that_moves_nothing_is_said(flags, tmp_path, capsys):
     train_dpo.main(flags(learning_rate=1e-8, max_steps=12))
-    assert "warning: after 10 of 12 steps the loss is where it began" in capsys.readouterr().out
-    train_dpo.main(flags(max_steps=12, save_weight="fast"))
-    assert "where it began" not in capsys.readouterr().out
+    assert "warning: after 10 of 12 steps the rewards' margin is still about 0" in capsys.readouterr().out
+    train_dpo.main(flags(learning_rate=1e-8, max_steps=3, loss_type="kto", save_weight="short"))
+    assert "warning: after 3 of 3 steps the rewards' margin is still about 0" in capsys.readouterr().out
+    for max_steps in (1, 3, 12):  # one step says nothing: its margin is that of the network before it
+        train_dpo.main(flags(max_steps=max_steps, learning_rate=1e-2, save_weight=f"fast{max_steps}"))
+        assert "where it began" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong, message", [
