@@ -1,10 +1,20 @@
-"""The optimizer steps of a run, built ahead of time by other processes, and from any step on."""
+"""The optimizer steps of a run: how it cuts its data into them; built ahead of time by other processes, from any step on."""
 
 import signal
 import time
 
 import torch
 from torch.utils.data import DataLoader
+
+
+def step_batches(kind, dataset, args, run, tokenizer, checkpoint):
+    """The steps of a run on `dataset` as its flags, its ranks and the checkpoint that it goes on from cut them.
+
+    kind: PackedBatches or PairBatches.
+    """
+    return kind(dataset, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
+                seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id,
+                rank=run.ranks.rank, world_size=run.ranks.world_size, rows_per_step=checkpoint.rows_per_step)
 
 
 class Steps:

@@ -53,7 +53,7 @@ from trainer.optim import build_optimizer
 from trainer.reference import weights_sha256
 from trainer.run import Run
 from trainer.sharding import read_config
-from trainer.steps import count_targets
+from trainer.steps import count_targets, step_batches
 from trainer.weights import SHAPE_FLAGS, load_model, read_weight, run_folder
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -248,10 +248,7 @@ def main(argv=None):
         data = fingerprint(data=training.fingerprint, teacher=teachers_name)
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, data)
-        batches = PackedBatches(
-            training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
-            seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id,
-            rank=run.ranks.rank, world_size=run.ranks.world_size, rows_per_step=checkpoint.rows_per_step)
+        batches = step_batches(PackedBatches, training, args, run, tokenizer, checkpoint)
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters learn from {teacher.num_parameters() / 1e6:.1f}M, "
                 f"{len(batches)} steps on {run}; beside the teacher's weights {run.memory_advice(model)}")
         net = run.wrap(model, optimizer)

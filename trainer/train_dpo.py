@@ -45,7 +45,7 @@ from trainer.optim import build_optimizer
 from trainer.preference_losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, robust_loss, simpo_loss
 from trainer.reference import Reference, log_probs
 from trainer.run import Run, evaluating
-from trainer.steps import count_targets
+from trainer.steps import count_targets, step_batches
 from trainer.weights import load_model, run_folder
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -209,10 +209,7 @@ def main(argv=None):
         data = fingerprint(data=training.fingerprint, reference=reference.name) if reference else training.fingerprint
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, data)
-        batches = PairBatches(
-            training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
-            seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=pad_id,
-            rank=run.ranks.rank, world_size=run.ranks.world_size, rows_per_step=checkpoint.rows_per_step)
+        batches = step_batches(PairBatches, training, args, run, tokenizer, checkpoint)
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(batches)} steps on {run}, "
                 f"{len(training) / len(batches.rows(0)):.1f} pairs in a row; {run.memory_advice(model)}")
         net = run.wrap(model, optimizer)

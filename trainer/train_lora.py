@@ -36,7 +36,7 @@ from trainer.evaluation import validate, validation_sets
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
 from trainer.run import Run
-from trainer.steps import count_targets
+from trainer.steps import count_targets, step_batches
 from trainer.weights import find_weight, load_model, run_folder
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -95,10 +95,7 @@ def main(argv=None):
         optimizer = build_optimizer(model, args)
         adapter = AdapterOnly(model, args.settings(), base.relative_to(ROOT) if base.is_relative_to(ROOT) else base)
         checkpoint = Checkpoint(folder, args, run, adapter, tokenizer, optimizer, training.fingerprint)
-        batches = PackedBatches(
-            training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
-            seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id,
-            rank=run.ranks.rank, world_size=run.ranks.world_size, rows_per_step=checkpoint.rows_per_step)
+        batches = step_batches(PackedBatches, training, args, run, tokenizer, checkpoint)
         trained = model.num_parameters(only_trainable=True)
         run.say(f"{folder}: {trained:,} of {model.num_parameters():,} parameters are trained, {len(batches)} steps on {run}, "
                 f"{batches.padding_share:.1%} of the positions are padding; {run.memory_advice(model)}")

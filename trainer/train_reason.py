@@ -44,7 +44,7 @@ from trainer.evaluation import validate, validation_sets
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
 from trainer.run import Run, evaluating
-from trainer.steps import count_targets
+from trainer.steps import count_targets, step_batches
 from trainer.weights import load_model, run_folder
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -183,10 +183,7 @@ def main(argv=None):
         prompts = bare_prompts(list(held_out.values()), tokenizer, args.format_prompts) if held_out else []
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
-        batches = PackedBatches(
-            training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
-            seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id,
-            rank=run.ranks.rank, world_size=run.ranks.world_size, rows_per_step=checkpoint.rows_per_step)
+        batches = step_batches(PackedBatches, training, args, run, tokenizer, checkpoint)
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(batches)} steps on {run}, "
                 f"{batches.padding_share:.1%} of the positions are padding; {run.memory_advice(model)}")
         net = run.wrap(model, optimizer)

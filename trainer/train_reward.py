@@ -43,6 +43,7 @@ from trainer.loop import Loop
 from trainer.optim import build_optimizer
 from trainer.preference_losses import bradley_terry_loss
 from trainer.run import Run, evaluating
+from trainer.steps import step_batches
 from trainer.weights import load_model, run_folder
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -125,10 +126,7 @@ def main(argv=None):
         training, held_out = validation_sets(args, dataset, build)
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
-        batches = PairBatches(
-            training, batch_size=args.batch_size, accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
-            seed=args.seed, epochs=args.epochs, max_steps=args.max_steps, pad_id=tokenizer.pad_token_id,
-            rank=run.ranks.rank, world_size=run.ranks.world_size, rows_per_step=checkpoint.rows_per_step)
+        batches = step_batches(PairBatches, training, args, run, tokenizer, checkpoint)
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(batches)} steps on {run}, "
                 f"{len(training) / len(batches.rows(0)):.1f} pairs in a row; {run.memory_advice(model)}")
         net = run.wrap(model, optimizer)
