@@ -1,8 +1,6 @@
 """Log-probabilities of the answers in a PairDataset: under the network in training, and under the frozen reference."""
 
 import copy
-import hashlib
-import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -13,7 +11,7 @@ from tqdm import tqdm
 
 from dataset.pair_dataset import PairBatches, tree_mask
 from dataset.token_cache import fingerprint
-from model.native_format import replace_file
+from model.native_format import network_sha256, replace_file
 from trainer.preference_losses import answer_log_probs
 from trainer.run import evaluating
 
@@ -38,7 +36,7 @@ class Reference:
 
     def __init__(self, model, datasets, pad_id, run, args):
         self.run, self.args, self.pad_id, self.net, self.tables = run, args, pad_id, None, {}
-        self.name = run.ranks.from_first(lambda: weights_sha256(model))
+        self.name = run.ranks.from_first(lambda: network_sha256(model))
         if args.reference == "on_the_fly":
             self.net = copy.deepcopy(model).eval().requires_grad_(False)
             return
@@ -70,13 +68,3 @@ class Reference:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, lambda temporary: save_file({"log_probs": table}, temporary))
         return table
-
-
-def weights_sha256(model):
-    """SHA-256, in hex, of what a network computes with: its parameters, their names, and its configuration."""
-    config = {name: x for name, x in model.config.to_dict().items() if name not in ("transformers_version", "_name_or_path")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, x in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(x.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()

@@ -43,6 +43,7 @@ from dataset.token_cache import fingerprint
 from dataset.toy_world import write_world
 from model.engine import Engine
 from model.model_minimind import PRESETS
+from model.native_format import network_sha256
 from model.sampling import SamplingParams
 from trainer.arguments import TrainArgs, arg, check_positive, check_share, command, parse_args
 from trainer.checkpoint import Checkpoint
@@ -50,7 +51,6 @@ from trainer.distillation_losses import distillation_sums
 from trainer.evaluation import bits_per_byte, validate, validation_sets
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
-from trainer.reference import weights_sha256
 from trainer.run import Run
 from trainer.sharding import read_config
 from trainer.steps import count_targets, step_batches
@@ -233,7 +233,7 @@ def main(argv=None):
             args.data_path = [str(TOY / "sft_train.jsonl")]
         model, tokenizer = load_model(args, run.device)
         teacher = load_teacher(args, tokenizer, run.device)
-        teachers_name = run.ranks.from_first(lambda: weights_sha256(teacher))
+        teachers_name = run.ranks.from_first(lambda: network_sha256(teacher))
         folder = run_folder(args, model.config, run.ranks)
 
         def build(paths):

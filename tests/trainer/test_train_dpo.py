@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dataset.chat_format import encode_conversation
 from dataset.pair_dataset import MismatchedPairs, PairDataset
 from model.model_minimind import MiniMindForCausalLM
+from model.native_format import network_sha256
 from tests.trainer.pair_rows import last_step_rows, pair_flags, talk, write_pairs, write_start
 from tests.trainer.ranks import run_ranks
 from trainer import loop, train_dpo
 from trainer.metrics import read_metrics
-from trainer.reference import Reference, weights_sha256
+from trainer.reference import Reference
 from trainer.run import Run
 
 MOE = dict(num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
@@ -223,7 +224,7 @@ def test_a_reference_has_a_name_of_its_own_for_each_network(tmp_path):
     rope = {"rope_theta": 1e4, "rope_type": "default"}
     folders = [write_start(tmp_path / "a"), write_start(tmp_path / "b", rope_parameters=rope),
                write_start(tmp_path / "c", seed=2), write_start(tmp_path / "d")]
-    names = [weights_sha256(MiniMindForCausalLM.from_pretrained(folder)) for folder in folders]
+    names = [network_sha256(MiniMindForCausalLM.from_pretrained(folder)) for folder in folders]
     assert names[3] == names[0] and len(set(names)) == 3
     assert load_file(folders[0] / "model.safetensors").keys() == load_file(folders[1] / "model.safetensors").keys()
     assert_same(*(load_file(folder / "model.safetensors") for folder in folders[:2]))
