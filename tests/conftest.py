@@ -13,7 +13,15 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 import pytest
 import torch
 
+from dataset.toy_world import write_world
+
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Write the toy world once, before several workers would at the same time."""
+    if not hasattr(config, "workerinput"):
+        write_world("mini", ROOT / "dataset" / "toy_mini")
 
 
 @pytest.fixture(autouse=True)
