@@ -104,13 +104,13 @@ class Bench:
         """The held-out questions of these skills."""
         return [question for question in self.questions if question.skill in names]
 
-    def pairs(self):
-        """A file of held-out preference pairs, larger than the world's own."""
-        path = Path(self.args.save_dir) / f"pairs_{self.args.limit}" / "held_out_pairs.jsonl"
+    def pairs(self, split, count):
+        """A file of up to `count` preference pairs of a split, more than the world's own has."""
+        path = Path(self.args.save_dir) / "pairs" / f"{split}_{count}.jsonl"
         if not path.is_file():
             rng = random.Random(0)
-            count = {skill: self.args.limit * DPO_SKILLS.count(skill) // 2 for skill in DPO_SKILLS}
-            rows = [dpo_row(item, rng) for skill in count for item in self.world.items("ladder", skill, "heldout", count[skill])]
+            share = {skill: count * DPO_SKILLS.count(skill) // len(DPO_SKILLS) for skill in DPO_SKILLS}
+            rows = [dpo_row(item, rng) for skill in share for item in self.world.items("ladder", skill, split, share[skill])]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return path
@@ -135,27 +135,30 @@ def lora(bench, seed):
 
 def dpo(bench, seed):
     """Preference pairs make the answers right and polite instead of curt."""
-    folder = bench.train(train_dpo, f"dpo-{seed}", seed, "--from_weight", bench.base, "--val_path", bench.pairs(),
+    held_out = bench.pairs("heldout", 3 * bench.args.limit)
+    folder = bench.train(train_dpo, f"dpo-{seed}", seed, "--from_weight", bench.base, "--val_path", held_out,
                          "--max_seq_len", 256, "--batch_size", 4, "--epochs", 2, "--learning_rate", 1e-4, "--sft_weight", 1)
     asked, how = bench.skills("preferences"), dict(temperature=0.7, seed=seed)
     others, engine = [q for q in bench.questions if q.skill != "preferences"], bench.engine(folder)
-    return {"held-out pairs": first_and_last(folder, "val_log_probs/accuracies/held_out_pairs"),
+    return {"held-out pairs": first_and_last(folder, f"val_log_probs/accuracies/{held_out.stem}"),
             "sampled answers": (bench.of_base(f"sampled {seed}", asked, **how), bench.accuracy(engine, asked, **how)),
             "other skills": (bench.of_base("other skills", others), bench.accuracy(engine, others))}
 
 
 def reward(bench, seed):
     """A reward model tells the preferred answer of a pair."""
-    folder = bench.train(train_reward, f"reward-{seed}", seed, "--from_weight", bench.base, "--val_path", bench.pairs(),
-                         "--max_seq_len", 256, "--batch_size", 4, "--epochs", 3, "--learning_rate", 5e-4, "--warmup_share", 0.1)
-    return {"held-out pairs": first_and_last(folder, "val_rewards/accuracies/held_out_pairs")}
+    held_out = bench.pairs("heldout", 3 * bench.args.limit)
+    folder = bench.train(train_reward, f"reward-{seed}", seed, "--from_weight", bench.base, "--val_path", held_out,
+                         "--data_path", bench.pairs("train", 4000), "--max_seq_len", 256, "--batch_size", 4,
+                         "--learning_rate", 5e-4, "--warmup_share", 0.1)
+    return {"held-out pairs": first_and_last(folder, f"val_rewards/accuracies/{held_out.stem}")}
 
 
 def distillation(bench, seed):
     """A small student with a teacher (after) against the same student alone (before): the same rows and steps."""
     shape = ["--from_weight", "none", "--hidden_size", 96, "--num_hidden_layers", 3, "--data_path",
              f"{TOY / 'sft_train.jsonl'}@0.15", "--val_path", TOY / "sft_heldout.jsonl", *bench.plan["sft"],
-             "--batch_size", 1, "--epochs", 100, "--max_steps", 1000]
+             "--batch_size", 1, "--epochs", 100, "--max_steps", 600]
     alone = bench.train(train_full_sft, f"alone-{seed}", seed, *shape)
     taught = bench.train(train_distillation, f"taught-{seed}", seed, *shape, "--teacher", bench.base, "--alpha", 1)
     bits = [first_and_last(folder, "val_bpb/sft_heldout")[1] for folder in (alone, taught)]
@@ -176,7 +179,7 @@ def tools(bench, seed):
     """Tool calls, run for real, after training on more of them; without tools on offer for comparison."""
     folder = bench.train(train_full_sft, f"tools-{seed}", seed, "--from_weight", bench.base, *bench.plan["sft"],
                          "--learning_rate", 1e-3, "--epochs", 1,
-                         "--data_path", TOY / "tools_train.jsonl", f"{TOY / 'sft_train.jsonl'}@0.5")
+                         "--data_path", f"{TOY / 'tools_train.jsonl'}@0.5", f"{TOY / 'sft_train.jsonl'}@0.25")
     engine, asked = bench.engine(folder), bench.skills("tools")
     bare = [replace(question, tools=None, calls=()) for question in asked]  # only the answer counts
     others = [question for question in bench.questions if question.skill != "tools"]
