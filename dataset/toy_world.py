@@ -202,12 +202,14 @@ def heldout_questions(world: World, limit_per_skill: int = 40, part: str = "sft"
 
 
 def pretrain_rows(world: World, split: str, count: int) -> Iterator[dict]:
-    """Running text: portraits of the people, lists to copy, and the exercises of all skills told as prose."""
+    """Running text: portraits of the people, lists to copy, views of a garden, and the exercises of all skills told as prose."""
     rng = random.Random(f"{world.seed}/pretrain/{split}")
     for n in range(count // 5):
         yield {"text": portrait(rng, LANGUAGES[n % 2], world.people)}
     for n in range(count // 10):
         yield {"text": toy_stories.echo(rng, LANGUAGES[n % 2])}
+    for n in range(count // 45):
+        yield {"text": toy_identity.garden_view(rng, LANGUAGES[n % 2])}
     weights = {skill: n for skill, n in world.level.sft_rows.items() if skill != "preferences"}
     for skill, weight in weights.items():
         share = count * 7 // 10 * weight // sum(weights.values())

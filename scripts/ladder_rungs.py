@@ -124,9 +124,7 @@ def first_and_last(folder, name):
 
 def lora(bench, seed):
     """LoRA teaches a new identity and a small domain; what was known before stays."""
-    rows = [*[TOY / "lora_train.jsonl"] * 6, f"{TOY / 'sft_train.jsonl'}@0.3"]  # old rows too, so that they are not forgotten
-    adapter = bench.train(train_lora, f"lora-{seed}", seed, "--from_weight", bench.base, "--data_path", *rows,
-                          "--batch_size", 2, "--epochs", 5)
+    adapter = bench.train(train_lora, f"lora-{seed}", seed, "--from_weight", bench.base)
     engine, new = bench.engine(bench.base, adapter), heldout_questions(bench.world, bench.args.limit, "lora")
     old = [question for question in bench.questions if question.skill != "identity"]  # which is what changes
     return {"new domain": (bench.of_base("new domain", new), bench.accuracy(engine, new)),
