@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 KINDS = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
@@ -177,18 +178,30 @@ def load_tools(path: str | Path) -> ToolBox:
 
     ValueError if there are none, or if the file cannot be run.
     """
+    module = run_file(path, "functions that are marked with @tool", "the tools")
+    marked = [value.tool for value in vars(module).values() if isinstance(getattr(value, "tool", None), Tool)]
+    if not marked:
+        raise ValueError(f"{path} has no tools. Put `from dataset.tools import tool` at its head and @tool above each function.")
+    return ToolBox(dict.fromkeys(marked))
+
+
+def run_file(path: str | Path, content: str, purpose: str) -> ModuleType:
+    """Run a Python file of the user's: its module. ValueError if it cannot be run; it should hold `content`, for `purpose`."""
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"{path} is no Python file. Give a .py file with functions that are marked with @tool.")
+        raise ValueError(f"{path} is no Python file. Give a .py file with {content}.")
     spec = importlib.util.spec_from_file_location(f"tools_in_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-        where = f"{path}:{lines[-1]}" if lines else path  # a SyntaxError says the line itself
-        raise ValueError(f"{where}: {type(error).__name__}: {error}. Put that right; then the tools can be loaded.") from error
-    marked = [value.tool for value in vars(module).values() if isinstance(getattr(value, "tool", None), Tool)]
-    if not marked:
-        raise ValueError(f"{path} has no tools. Put `from dataset.tools import tool` at its head and @tool above each function.")
-    return ToolBox(dict.fromkeys(marked))
+        raise ValueError(f"{where(path, error)}: {type(error).__name__}: {error}. Put that right; then {purpose} can be "
+                         "loaded.") from error
+    return module
+
+
+def where(path: str | Path, error: BaseException) -> str:
+    """"path:line" of the last line of that file that an error came through; the path alone if it came through none."""
+    whole = Path(path).absolute()  # as importlib makes it
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == whole]
+    return f"{path}:{lines[-1]}" if lines else str(path)  # a SyntaxError says the line itself

@@ -109,6 +109,13 @@ def last_mention(reply: str, candidates: Iterable[str]) -> str | None:
     return best
 
 
+def contains(text: str, value: str) -> bool:
+    """Whether a value stands in a text: a number as a number, anything else as whole words."""
+    text, value = normalise(text), normalise(value)
+    number = to_number(value)
+    return number in numbers_in(text) if number is not None else last_mention(text, [value]) is not None
+
+
 def score(question: Question, reply: str) -> bool:
     """True if the reply's final answer is right: a number, a list in order, or a name among its rivals.
 

@@ -26,7 +26,7 @@ from dataset.chat_format import check_conversation, encode_prompt, normalize_con
 from dataset.chat_reply import CALL
 from dataset.jsonl import find_shards, in_share, read_rows
 from dataset.tools import load_tools
-from dataset.toy_scorer import Question, hold_all, last_mention, normalise, numbers_in, to_number, wilson
+from dataset.toy_scorer import Question, contains, hold_all, wilson
 from dataset.toy_tools import TOY_TOOLS
 from dataset.toy_world import make_world, question_of_item
 from eval_llm import load
@@ -90,13 +90,6 @@ class Case:
     def is_right(self, right, messages):
         """Whether a dialogue, which the scorer found right or not, has answered it."""
         return right if self.gt is None else all(contains(messages[-1]["content"], value) for value in self.gt)
-
-
-def contains(text, value):
-    """Whether a value stands in a text: a number as a number, anything else as whole words."""
-    text, value = normalise(text), normalise(value)
-    number = to_number(value)
-    return number in numbers_in(text) if number is not None else last_mention(text, [value]) is not None
 
 
 def read_cases(path, box, limit):
