@@ -126,6 +126,17 @@ def collate(rows, capacity: int, num_rows: int, pad_id: int) -> dict[str, torch.
             "position_ids": torch.from_numpy(position_ids)}
 
 
+def cut(rows: list, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list]:
+    """The micro-batches of a rank: its share of a step's rows, in parts of at most `batch_size` and about the same size.
+
+    Shares differ by one row at most. Every rank gets the same number of parts, an empty one where it has no row.
+    """
+    largest_share = -(-len(rows) // world_size)
+    num_micro_batches = -(-largest_share // batch_size)
+    mine = np.array_split(np.arange(len(rows)), world_size)[rank]
+    return [[rows[i] for i in part] for part in np.array_split(mine, num_micro_batches)]
+
+
 class PackedBatches:
     """The optimizer steps of a run: item `step` is the list of all micro-batches of that step for this rank.
 
@@ -194,10 +205,7 @@ class PackedBatches:
         epoch = self.epoch_of(step)
         begin = (step - (self._epoch_ends[epoch - 1] if epoch else 0)) * self.rows_per_step
         rows = self.rows(epoch)[begin : begin + self.rows_per_step]
-        largest_share = -(-len(rows) // self.world_size)
-        num_micro_batches = -(-largest_share // self.batch_size)
-        mine = np.array_split(np.arange(len(rows)), self.world_size)[self.rank]  # shares differ by one row at most
-        return [self._micro_batch([rows[i] for i in part]) for part in np.array_split(mine, num_micro_batches)]
+        return [self._micro_batch(part) for part in cut(rows, self.batch_size, self.rank, self.world_size)]
 
     def _micro_batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         sequences = [[self.dataset[index] for index in row] for row in rows]

@@ -3,7 +3,7 @@
     out/pretrain_tiny/                  the newest weights: a Hugging Face folder, for the next stage and for everyone
     out/pretrain_tiny/checkpoints/step-400/
         config.json model.safetensors tokenizer.json ...    the same kind of folder, float32, after 400 updates
-        training_state.pt               optimizer and scaler
+        training_state.pt               optimizer and scaler; what else a stage trains
         progress.json                   position in the data, arguments, what the run decided on its way
         manifest.json                   SHA-256 of every file: written last, it makes the checkpoint complete
 
@@ -36,14 +36,15 @@ class Checkpoint:
 
     `args`: the stage's dataclass; `fingerprint`: of the data. Both must be the same when the run is resumed, apart
     from the flags that `args.FREE` lists. With --from_resume the checkpoint to go on from is chosen here and now.
+    `extra`: what else has a state of tensors that training changes: an object with state_dict() and load_state_dict().
 
     ValueError if all are damaged, if the data or a flag that matters has changed, or if only a run of that name and another
     shape can be gone on with.
     """
 
-    def __init__(self, folder, args, run, model, tokenizer, optimizer, fingerprint):
+    def __init__(self, folder, args, run, model, tokenizer, optimizer, fingerprint, extra=None):
         self.folder, self.args, self.run, self.fingerprint = Path(folder), args, run, fingerprint
-        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.model, self.tokenizer, self.optimizer, self.extra = model, tokenizer, optimizer, extra
         self.arithmetic = f"{run.dtype} on {run.device.type}".removeprefix("torch.")
         self.writer, self.failure = None, None
         self.rows_per_step = args.batch_size * args.accumulation_steps * run.ranks.world_size
@@ -84,6 +85,8 @@ class Checkpoint:
             "fingerprint": self.fingerprint, "arithmetic": self.arithmetic, "guard": self.run.guard.state_dict(),
             "arguments": asdict(self.args)}
         state = {"optimizer": copied(optimizer), "scaler": self.run.scaler.state_dict()}
+        if self.extra:
+            state["extra"] = copied(self.extra.state_dict())
         self.writer = threading.Thread(target=self.write_or_note, args=(step, copied(weights), state, progress))
         self.writer.start()
 
@@ -206,6 +209,8 @@ class Checkpoint:
         else:
             load_strictly(self.model, weights, path)
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.extra:
+            self.extra.load_state_dict(state["extra"])
         self.run.scaler.load_state_dict(state["scaler"])
         self.run.guard.load_state_dict(progress["guard"])
         self.run.saved = progress["step"]

@@ -17,8 +17,9 @@ from trainer.steps import Steps
 class Loop:
     """Iterates over the steps of `batches`, from where the checkpoint stands, until they end or a signal comes.
 
-    It yields the micro-batches of a step, once all generators are seeded for it and the learning rate is set; `done` updates
-    came before it. The body adds up gradients and calls `update`. `evaluate(index)` -> ({"val_...": number}, text) is
+    It yields the micro-batches of a step, once all generators are seeded for it and the learning rate is set; `done` steps
+    came before it. The body adds up gradients and calls `update`, or, if its step has several updates, `apply` for each and
+    then `advance`. `evaluate(index)` -> ({"val_...": number}, text) is
     called on all ranks every --val_interval steps and after the last; None: no validation. evaluate_first: also before
     the first step, for a figure to start from. fingerprint: of the data. Leaving the `with` waits for what is being saved,
     draws the curve and writes --json.
@@ -31,6 +32,7 @@ class Loop:
         self.done, targets = checkpoint.restore()
         self.must_evaluate = evaluate_first and self.done == 0
         self.steps, self.stopped = Steps(batches, self.done, args.num_workers, run.device), False
+        self.grad_norm = 0.0  # of the newest update, before clipping
         self.record = RunRecord(folder, args, run, model, self.steps, self.done, targets, len(batches),
                                 data_fingerprint=fingerprint, arithmetic=checkpoint.arithmetic, shape=model.config.to_dict())
         self.contexts = ExitStack()
@@ -61,24 +63,39 @@ class Loop:
                 return
 
     def update(self, loss, num_targets, micro_batches, **figures):
-        """Finish a step, whose gradients are there: clip and apply them, log, validate and save where that is due.
+        """Finish a step of one update, whose gradients are there: `apply`, then `advance`."""
+        if self.apply(loss, micro_batches):
+            self.advance(loss, num_targets, micro_batches, **figures)
 
-        loss: of the step over all ranks, float. num_targets: tokens that it was trained on, over all ranks. `figures`
-        are logged beside the loss. A loss or gradient that is not finite is not applied, and its rows are written.
+    def apply(self, loss, micro_batches):
+        """Clip the gradients that are there and update the weights; loss: of all ranks, float.
+
+        A loss or gradient that is not finite is not applied, and its rows are written; after too many of them the run goes
+        back to its last checkpoint: False, and the step ends here.
         """
-        run, record, args = self.run, self.record, self.args
-        grad_norm = run.clip_and_step(self.model, self.optimizer, loss)
+        run = self.run
+        self.grad_norm = run.clip_and_step(self.model, self.optimizer, loss)
         if run.guard.in_a_row:  # not finite, not applied
-            record.say(write_bad_rows(self.folder, self.checkpoint.tokenizer, micro_batches, self.done + 1, run, loss, grad_norm))
+            self.record.say(write_bad_rows(self.folder, self.checkpoint.tokenizer, micro_batches, self.done + 1, run, loss,
+                                           self.grad_norm))
             if run.guard.is_exhausted:
-                self.steps.go_back(run.guard.go_back(self.checkpoint, record))
-                return
+                self.steps.go_back(run.guard.go_back(self.checkpoint, self.record))
+                return False
+        return True
+
+    def advance(self, loss, num_targets, micro_batches, **figures):
+        """Count the step as done; log, validate and save where that is due.
+
+        loss: over all ranks, float. num_targets: tokens that the step was trained on, over all ranks. `figures` are logged
+        beside the loss.
+        """
+        record, args = self.record, self.args
         self.done += 1
         is_last = self.done == len(self.batches)
-        self.stopped = run.stop_asked() and not is_last
+        self.stopped = self.run.stop_asked() and not is_last
         record.advance(self.done, num_targets, micro_batches, loss, self.learning_rate)
         if self.done % args.log_interval == 0 or is_last:
-            record.log(self.done, loss=loss, learning_rate=self.learning_rate, grad_norm=grad_norm, **figures)
+            record.log(self.done, loss=loss, learning_rate=self.learning_rate, grad_norm=self.grad_norm, **figures)
         if self.done % args.val_interval == 0 or is_last:
             self.validate()
         if self.checkpoint.is_due(self.done, is_last or self.stopped):
