@@ -11,6 +11,7 @@ from dataset.chat_reply import parse_reply
 from dataset.toy_tools import run_tool
 
 MAX_TOOL_ROUNDS = 3
+MAX_DIGITS = 100  # Python refuses to read 4,300
 NUMBER = re.compile(r"(?:负|minus |negative |(?<![\d.)\]])(?<![\d)\]] )[-−])?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)"
                     r"|(?:负|minus |negative |(?<![\d.)\]])(?<![\d)\]] )[-−])?\d+(?:\.\d+)?")  # fmt: skip
 MARKER = re.compile(r"(?:answer|result)(?: is|:|：)|答案(?:是|为|：|:)|结果(?:是|为|：|:)|####|\\boxed\{", re.IGNORECASE)
@@ -67,18 +68,19 @@ def chinese_value(text: str) -> int:
 
 
 def to_number(text: str) -> Fraction | None:
-    """The number that the whole text is, or None."""
+    """The number that the whole text is, or None; what a network may write without end is none."""
     match = NUMBER.fullmatch(text.strip())
-    if not match:
+    if not match or len(match[0]) > MAX_DIGITS:
         return None
     digits = re.sub(r"[^\d.]", "", match[0])
     return -Fraction(digits) if match[0][0] in "负mn-−M" else Fraction(digits)
 
 
-def numbers_in(text: str) -> list[Fraction]:
-    """All numbers of a text; Chinese numerals count where there are no digits at all."""
+def numbers_in(text: str) -> list[Fraction | None]:
+    """All numbers of a text, None for one without end; Chinese numerals count where there are no digits at all."""
     found = [to_number(match[0]) for match in NUMBER.finditer(text)]
-    return found or [Fraction(chinese_value(match[0])) for match in CHINESE_NUMBER.finditer(text)]
+    numerals = [match[0] for match in CHINESE_NUMBER.finditer(text)]
+    return found or [Fraction(chinese_value(text)) if len(text) <= MAX_DIGITS else None for text in numerals]
 
 
 def final_number(reply: str) -> Fraction | None:
@@ -91,7 +93,7 @@ def final_number(reply: str) -> Fraction | None:
     return numbers[-1] if numbers else None
 
 
-def final_list(reply: str) -> list[Fraction]:
+def final_list(reply: str) -> list[Fraction | None]:
     """All numbers of the last line that has any, after its last colon."""
     lines = [line for line in reply.splitlines() if numbers_in(line)]
     return numbers_in(re.split(r"[:：]", lines[-1])[-1].replace(",", ", ")) if lines else []

@@ -23,6 +23,11 @@ def test_right_numbers_and_lists(answer, replies):
         assert score(plain(answer), reply), reply
 
 
+@pytest.mark.parametrize("endless", ["9" * 5000, "5 " + "1" * 5000, "万" * 2000, "1," + "000," * 2000 + "000"])
+def test_a_number_without_end_is_only_wrong(endless):
+    assert not score(plain("5"), endless) and not score(plain("1, 5"), endless) and not score(plain("red"), endless)
+
+
 @pytest.mark.parametrize(("answer", "replies"), [
     ("15", ["150", "1.5", "-15", "115", "", "no idea", "15 + 1", "<think>15</think>16", "<think>15",
             "The answer is 16, not 15."]),

@@ -1,0 +1,137 @@
+"""Whether a reply's final answer is the one that a row of data gives: numbers, LaTeX, or words.
+
+The final answer is what stands in the last \\boxed{...}, else after the last "the answer is" or "####", else at the reply's end.
+A number counts as a number: 1,000 and 1000; 0.5, 1/2, \\frac{1}{2} and 50%; 1 1/2, 1(1/2) and 1.5; 十五, 百分之五十 and 二分之一.
+Where only one side has a percent sign it may be a unit that the other left out: 50 agrees with 50% too. A division
+that comes out even is not worked out: 12/4 is not 3. Everything else is compared letter by letter, once spaces, dollars and the
+variants of LaTeX's spellings are gone; of plain words it is enough that the answer names them.
+"""
+
+import ast
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from dataset.toy_scorer import CHINESE_NUMBER, MARKER, NUMBER, last_mention, normalise, numbers_in, to_number
+from dataset.toy_tools import walk
+
+FRACTION = r"(?:(?: (?P<upper>\d{1,99}))?\s?/\s?(?P<lower>[1-9]\d{0,99})(?!\.?\d))?(?P<percent>\s?%)?"
+VALUE = re.compile(rf"(?P<first>{NUMBER.pattern}){FRACTION}", re.IGNORECASE)
+SHORT_UNITS = r"(?:mm|cm|dm|km|kg|mg|ml|min)\b"  # others are told from a variable by the space before them
+UNIT = re.compile(rf"\s*(?:°|℃|{SHORT_UNITS}|(?<=\s)[^\W\d_]{{2,}}(?: [^\W\d_]+)*|[\u4e00-\u9fff]+)?\s*[.。]?", re.IGNORECASE)
+WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
+WIDE = str.maketrans("％（）／＝＋", "%()/=+")
+SPELLINGS = (  # of LaTeX -> one of them, or plain text; in this order
+    (r"\\[dt]frac", r"\\frac"), (r"\\\$|\\left|\\right|\\[!,;: ]|[$~]|\^\\circ|\^\{\\circ\}", ""), (r"\{,\}", ","), (r"\\%", "%"),
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1/\2)"),
+    (r"(?<![\w.)\]}])\.(?=\d)", "0."), (r"(\d)\s*\(\s*(\d+)\s*/\s*(\d+)\s*\)", r"\1 \2/\3"),
+    (r"\(\s*(\d+)\s*/\s*(\d+)\s*\)", r"\1/\2"),
+)  # fmt: skip
+PART = rf"({CHINESE_NUMBER.pattern}|\d+(?:\.\d+)?)"
+
+
+class Value(NamedTuple):
+    """A number as it is written, before its percent sign; None for a division left undone, and beyond all measure."""
+
+    number: Fraction | None
+    percent: bool
+
+    def agrees(self, other: "Value") -> bool:
+        """Whether both mean one number, or only a percent sign apart."""
+        if self.number is None or other.number is None:
+            return False
+        mine, theirs = (one.number / 100 if one.percent else one.number for one in (self, other))
+        return mine == theirs or (self.percent != other.percent and self.number == other.number)
+
+
+def is_right(answer: str, reply: str) -> bool:
+    """Whether a reply without its thought gives `answer`, which may be a whole solution with a box or "####" of its own."""
+    answer = boxed(answer) or answer.rpartition("####")[2].strip()
+    box = boxed(reply)
+    wanted = value_of(answer)
+    if wanted is None or wanted.number is None:
+        wanted = expression(answer)
+    if wanted:
+        found = value_of(box.rpartition("=")[2]) if box is not None else final_value(reply)
+        return found is not None and wanted.agrees(found)
+    if box is not None:
+        return bare(box) == bare(answer)
+    said = plain(reply)
+    markers = list(MARKER.finditer(said))
+    if markers:
+        said = said[markers[-1].end():].strip().partition("\n")[0]
+    ends = [said, *said.splitlines()[-1:], *re.findall(r"\$([^$]+)\$", reply)[-1:]]
+    return any(bare(end) == bare(answer) for end in ends) or (
+        WORDS.fullmatch(answer) is not None and last_mention(said, [plain(answer)]) is not None)
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{...} that is closed, None without one."""
+    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
+        depth = 1
+        for end, char in enumerate(text[start:], start):
+            depth += (char == "{") - (char == "}")
+            if depth == 0:
+                return text[start:end].strip()
+    return None
+
+
+def plain(text: str) -> str:
+    """A text in ASCII's signs, without LaTeX's marks as far as they mean nothing; fractions as 1/2, or 3 1/2."""
+    text = normalise(text).translate(WIDE)
+    text = re.sub(rf"百分之{PART}", lambda match: f"{numbers_in(match[1])[0]}%", text)
+    text = re.sub(rf"{PART}分之{PART}", lambda match: f"{numbers_in(match[2])[0]}/{numbers_in(match[1])[0]}", text)
+    for pattern, spelling in SPELLINGS:
+        text = re.sub(pattern, spelling, text)
+    return text.strip()
+
+
+def bare(text: str) -> str:
+    """A text for comparison letter by letter: no spaces, no "x =" before it, no full stop behind it."""
+    return re.sub(r"^[a-zA-Z]=", "", re.sub(r"\s+", "", plain(text)).rstrip(".。"))
+
+
+def read_value(match: re.Match) -> Value:
+    """The Value that VALUE has found."""
+    first, upper, lower = to_number(match["first"]), match["upper"], match["lower"]
+    if lower and first is not None:
+        part = Fraction(int(upper or 1), int(lower))
+        number = first + (part if first >= 0 else -part) if upper else first * part
+        if not upper and number.denominator == 1 and int(lower) != 1:
+            number = None
+    else:
+        number = first
+    return Value(number, bool(match["percent"]))
+
+
+def values_in(text: str) -> list[Value]:
+    """All Values of a plain text; Chinese numerals count where there are no digits at all."""
+    return [read_value(match) for match in VALUE.finditer(text)] or [Value(number, False) for number in numbers_in(text)]
+
+
+def value_of(text: str) -> Value | None:
+    """The Value that the whole text is, but for a unit; None if it is none."""
+    text = plain(text)
+    match = VALUE.match(text)
+    if match:
+        return read_value(match) if UNIT.fullmatch(text, match.end()) else None
+    return values_in(text)[0] if CHINESE_NUMBER.fullmatch(text) else None
+
+
+def final_value(reply: str) -> Value | None:
+    """The first Value after "the answer is", else the last of the reply: as `final_number` does, with fractions."""
+    reply = plain(reply)
+    markers = list(MARKER.finditer(reply))
+    after = values_in(reply[markers[-1].end():]) if markers else []
+    return next(iter(after or values_in(reply)[-1:]), None)
+
+
+def expression(answer: str) -> Value | None:
+    """The Value of a row's answer that was not worked out, like 15/(1/5); None if it is no such thing."""
+    if not re.fullmatch(r"[\d.+\-*/() ]+", answer):
+        return None
+    try:
+        return Value(walk(ast.parse(answer.strip(), mode="eval")), False)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
