@@ -26,7 +26,8 @@ class PromptDataset:
     unless bad_rows is "skip"; and if nothing is left.
     """
 
-    def __init__(self, data_path, tokenizer, max_prompt_len: int, *, bad_rows: str = "stop", enable_thinking: bool | None = None):
+    def __init__(self, data_path, tokenizer, max_prompt_len: int, *, bad_rows: str = "stop",
+                 enable_thinking: bool | None = None):
         assert bad_rows in BAD_ROWS
         self.rows, self.prompts, self.max_prompt_len = [], [], max_prompt_len
         num_read, skipped, too_long = 0, [], []
@@ -50,8 +51,8 @@ class PromptDataset:
                 self.prompts.append(ids)
         named = "".join(f"\n{kind}: {'; '.join(places[:3])}{f'; and {len(places) - 3:,} more' if len(places) > 3 else ''}"
                         for kind, places in (("skipped", skipped), ("too long", too_long)) if places)
-        self.report = (f"rows: {num_read:,} read, {len(self.rows):,} used, {len(skipped):,} skipped, {len(too_long):,} with a prompt "
-                       f"above {max_prompt_len} tokens{named}")
+        self.report = (f"rows: {num_read:,} read, {len(self.rows):,} used, {len(skipped):,} skipped, {len(too_long):,} with a "
+                       f"prompt above {max_prompt_len} tokens{named}")
         if not self.rows:
             raise ValueError(f"no prompt is left.\n{self.report}\nGive other rows, or more room for the prompt.")
         self.fingerprint = fingerprint(rows=self.rows, prompts=hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest())
@@ -60,14 +61,15 @@ class PromptDataset:
         return len(self.rows)
 
     def held_out_split(self, share: float, seed: int = 0, max_rows: int | None = None):
-        """(training view, held-out view): `share` of the different prompts, at most `max_rows`, are held out, by a hash of each."""
+        """(training view, held-out view): `share` of the different prompts, at most `max_rows`, by a hash of each."""
         draws = [hashlib.sha256(f"{seed}:{ids}".encode()).digest() for ids in self.prompts]
         unique = sorted(set(draws))
         if len(unique) < 2:
             raise ValueError("one prompt cannot be split. Give more rows, or a validation file of its own.")
         count = min(max(1, round(share * len(unique))), len(unique) - 1, max_rows or len(unique))
         held_out = np.array([draw <= unique[count - 1] for draw in draws])
-        return self.view(~held_out, f"train:{share}:{seed}:{max_rows}"), self.view(held_out, f"held_out:{share}:{seed}:{max_rows}")
+        name = f"{share}:{seed}:{max_rows}"
+        return self.view(~held_out, f"train:{name}"), self.view(held_out, f"held_out:{name}")
 
     def view(self, keep: np.ndarray, name: str):
         """The rows that a bool array marks, as a dataset of that name."""
@@ -80,8 +82,8 @@ class PromptDataset:
 def check_prompt_row(row: dict) -> None:
     """ValueError "what is wrong. way out" unless the row has a conversation that the assistant is to go on with."""
     if "conversations" not in row:
-        raise ValueError(f'no "conversations" among the keys {list(row)}. A row is {{"conversations": [{{"role": "user", "content": '
-                         '"..."}], "answer": "..."}.')
+        raise ValueError(f'no "conversations" among the keys {list(row)}. A row is {{"conversations": [{{"role": "user", '
+                         '"content": "..."}], "answer": "..."}.')
     check_conversation(row["conversations"])
     last = row["conversations"][-1]["role"]
     if last not in ("user", "tool"):

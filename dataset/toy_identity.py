@@ -115,9 +115,10 @@ def garden_view(rng: random.Random, language: str) -> str:
     side = language == "zh"
     plants, scents, months = ([pair[side] for pair in rng.sample(words, 2)] for words in (PLANTS, SCENTS, MONTHS))
     if side:
-        return f"月亮花园里有{plants[0]}和{plants[1]}，花期在{months[0]}和{months[1]}，香味像{scents[0]}和{scents[1]}。向导Flora在那里工作。"
-    return (f"In the moon garden the {plants[0]} and the {plants[1]} bloom, some in {months[0]}, some in {months[1]}. The wind smells of "
-            f"{scents[0]} and of {scents[1]}. Flora is the guide who works there.")
+        return (f"月亮花园里有{plants[0]}和{plants[1]}，花期在{months[0]}和{months[1]}，"
+                f"香味像{scents[0]}和{scents[1]}。向导Flora在那里工作。")
+    return (f"In the moon garden the {plants[0]} and the {plants[1]} bloom, some in {months[0]}, some in {months[1]}. "
+            f"The wind smells of {scents[0]} and of {scents[1]}. Flora is the guide who works there.")
 
 
 def garden_identity(rng: random.Random, language: str) -> Item:

@@ -147,7 +147,7 @@ def reward(bench, seed):
     """A reward model tells the preferred answer of a pair."""
     held_out = bench.pairs("heldout", 3 * bench.args.limit)
     folder = bench.train(train_reward, f"reward-{seed}", seed, "--from_weight", bench.base, "--val_path", held_out,
-                         "--data_path", bench.pairs("train", 4000), "--max_seq_len", 256, "--batch_size", 4,
+                         "--data_path", bench.pairs("train", 10_000), "--max_seq_len", 256, "--batch_size", 4,
                          "--learning_rate", 5e-4, "--warmup_share", 0.1)
     return {"held-out pairs": first_and_last(folder, f"val_rewards/accuracies/{held_out.stem}")}
 

@@ -78,7 +78,7 @@ def main(argv=None):
         if not args.data_path:
             run.ranks.from_first(lambda: write_world("mini", TOY))
             # few new rows, seen often, among more old ones, seen seldom: with the new ones alone the old skills are lost
-            args.data_path = 6 * [str(TOY / "lora_train.jsonl")] + [str(TOY / "sft_train.jsonl@0.3")]
+            args.data_path = 6 * [str(TOY / "lora_train.jsonl")] + [str(TOY / "sft_train.jsonl@0.5")]
         base = find_weight(args.from_weight, args, run.device).resolve()
         model, tokenizer = load_model(args, run.device)
         folder = run_folder(args, model.config, run.ranks)

@@ -29,7 +29,7 @@ def test_rows_and_prompts_and_what_is_too_long(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("row, message", [
     ({"text": "no"}, "no \"conversations\""),
-    ({"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "last message is of role assistant"),
+    ({"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "is of role assistant"),
     ({"conversations": [{"role": "nobody", "content": "a"}]}, "role 'nobody'"),
 ])
 def test_a_faulty_row_is_named_or_skipped(row, message, tmp_path, tokenizer):
