@@ -1,10 +1,10 @@
 """Whether a reply's final answer is the one that a row of data gives: numbers, LaTeX, or words.
 
-The final answer is what stands in the last \\boxed{...}, else after the last "the answer is" or "####", else at the reply's end.
-A number counts as a number: 1,000 and 1000; 0.5, 1/2, \\frac{1}{2} and 50%; 1 1/2, 1(1/2) and 1.5; 十五, 百分之五十 and 二分之一.
-Where only one side has a percent sign it may be a unit that the other left out: 50 agrees with 50% too. A division
-that comes out even is not worked out: 12/4 is not 3. Everything else is compared letter by letter, once spaces, dollars and the
-variants of LaTeX's spellings are gone; of plain words it is enough that the answer names them.
+The final answer is what stands in the last \\boxed{...}, else after the last "the answer is" or "####", else at the end of
+the reply. A number counts as a number: 1,000 and 1000; 0.5, 1/2, \\frac{1}{2} and 50%; 1 1/2, 1(1/2) and 1.5; 十五 and 15,
+百分之五十 and 50%, 二分之一 and 1/2. Where only one side has a percent sign, it may be a unit that the other left out: 50 agrees with
+50% too. A division that comes out even is not worked out: 12/4 is not 3. Everything else is compared letter by letter, once
+spaces, dollars and the variants of LaTeX's spellings are gone; of plain words it is enough that the answer names them.
 """
 
 import ast
@@ -18,11 +18,13 @@ from dataset.toy_tools import walk
 FRACTION = r"(?:(?: (?P<upper>\d{1,99}))?\s?/\s?(?P<lower>[1-9]\d{0,99})(?!\.?\d))?(?P<percent>\s?%)?"
 VALUE = re.compile(rf"(?P<first>{NUMBER.pattern}){FRACTION}", re.IGNORECASE)
 SHORT_UNITS = r"(?:mm|cm|dm|km|kg|mg|ml|min)\b"  # others are told from a variable by the space before them
-UNIT = re.compile(rf"\s*(?:°|℃|{SHORT_UNITS}|(?<=\s)[^\W\d_]{{2,}}(?: [^\W\d_]+)*|[\u4e00-\u9fff]+)?\s*[.。]?", re.IGNORECASE)
+UNIT = re.compile(rf"\s*(?:°|℃|{SHORT_UNITS}|(?<=\s)[^\W\d_]{{2,}}(?: [^\W\d_]+)*|[\u4e00-\u9fff]+)?\s*[.。]?",
+                  re.IGNORECASE)
 WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
 WIDE = str.maketrans("％（）／＝＋", "%()/=+")
 SPELLINGS = (  # of LaTeX -> one of them, or plain text; in this order
-    (r"\\[dt]frac", r"\\frac"), (r"\\\$|\\left|\\right|\\[!,;: ]|[$~]|\^\\circ|\^\{\\circ\}", ""), (r"\{,\}", ","), (r"\\%", "%"),
+    (r"\\[dt]frac", r"\\frac"), (r"\\\$|\\left|\\right|\\[!,;: ]|[$~]|\^\\circ|\^\{\\circ\}", ""), (r"\{,\}", ","),
+    (r"\\%", "%"),
     (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1/\2)"),
     (r"(?<![\w.)\]}])\.(?=\d)", "0."), (r"(\d)\s*\(\s*(\d+)\s*/\s*(\d+)\s*\)", r"\1 \2/\3"),
