@@ -2,9 +2,10 @@
 
 The final answer is what stands in the last \\boxed{...}, else after the last "the answer is" or "####", else at the end of
 the reply. A number counts as a number: 1,000 and 1000; 0.5, 1/2, \\frac{1}{2} and 50%; 1 1/2, 1(1/2) and 1.5; 十五 and 15,
-百分之五十 and 50%, 二分之一 and 1/2. Where only one side has a percent sign, it may be a unit that the other left out: 50 agrees with
-50% too. A division that comes out even is not worked out: 12/4 is not 3. Everything else is compared letter by letter, once
-spaces, dollars and the variants of LaTeX's spellings are gone; of plain words it is enough that the answer names them.
+百分之五十 and 50%, 二分之一 and 1/2. Where only one side has a percent sign, it may be a unit that the other left
+out: 50 agrees with 50% too. A division that comes out even is not worked out: 12/4 is not 3. Everything else is compared
+letter by letter, once spaces, dollars and the variants of LaTeX's spellings are gone; of plain words it is enough that the
+answer names them.
 """
 
 import ast
@@ -23,7 +24,7 @@ UNIT = re.compile(rf"\s*(?:°|℃|{SHORT_UNITS}|(?<=\s)[^\W\d_]{{2,}}(?: [^\W\d_
 WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
 WIDE = str.maketrans("％（）／＝＋", "%()/=+")
 SPELLINGS = (  # of LaTeX -> one of them, or plain text; in this order
-    (r"\\[dt]frac", r"\\frac"), (r"\\\$|\\left|\\right|\\[!,;: ]|[$~]|\^\\circ|\^\{\\circ\}", ""), (r"\{,\}", ","),
+    (r"\\[dt]frac", r"\\frac"), (r"\\\$|\\left|\\right|(?<!\\)\\[!,;: ]|[$~]|\^\\circ|\^\{\\circ\}", ""), (r"\{,\}", ","),
     (r"\\%", "%"),
     (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1/\2)"),
@@ -69,14 +70,15 @@ def is_right(answer: str, reply: str) -> bool:
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...} that is closed, None without one."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for end, char in enumerate(text[start:], start):
-            depth += (char == "{") - (char == "}")
-            if depth == 0:
-                return text[start:end].strip()
-    return None
+    """What stands in the \\boxed{...} that begins last, of those that are closed; None without one."""
+    opened, found = [], (-1, 0)
+    for match in re.finditer(r"(\\(?:boxed|fbox)\s*)?\{|\}", text):
+        if match[0] != "}":
+            opened.append((match.end(), match[1] is not None))
+        elif opened:
+            start, is_box = opened.pop()
+            found = max(found, (start, match.start())) if is_box else found
+    return text[slice(*found)].strip() if found[0] >= 0 else None
 
 
 def plain(text: str) -> str:

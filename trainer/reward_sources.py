@@ -97,8 +97,9 @@ def classifier_scores(folder, device):
         raise ValueError(f"--rewards model:{folder}: transformers does not know this architecture ({first_line(error)}). If "
                          "its folder has code that you trust, give model!: in place of model:.") from error
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()) or config.num_labels != 1:
-        raise ValueError(f"--rewards model:{folder} is {', '.join(config.architectures or ['no model'])} with {config.num_labels} "
-                         "labels, no reward model: give a sequence classifier with one label, or train one with train_reward.py.")
+        raise ValueError(f"--rewards model:{folder} is {', '.join(config.architectures or ['no model'])} with "
+                         f"{config.num_labels} labels, no reward model: give a sequence classifier with one label, or train one "
+                         "with train_reward.py.")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ValueError(f"--rewards model:{folder}: its tokenizer has no chat template, so nothing says how it reads a "
@@ -136,8 +137,8 @@ def foreign_scores(folder, device):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=True).to(device).eval()
     if not hasattr(model, "get_scores") and not hasattr(model, "get_score"):
-        raise ValueError(f"--rewards model!:{folder}: {type(model).__name__} has neither get_scores nor get_score. Give model: in "
-                         "place of model!: for a standard sequence classifier.")
+        raise ValueError(f"--rewards model!:{folder}: {type(model).__name__} has neither get_scores nor get_score. Give model: "
+                         "in place of model!: for a standard sequence classifier.")
 
     @torch.no_grad()
     def score(conversations):

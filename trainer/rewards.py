@@ -85,7 +85,7 @@ def answer(sample, limits):
 def well_formed(sample, limits):
     """1.0 if the reply is complete, has an answer, and nothing in any reply of the conversation is a mark out of its place."""
     texts = [text for message in replies(sample) for text in (message["content"], message.get("reasoning_content", ""))]
-    is_stray = any(mark in text for mark in limits.marks for text in texts)  # faulty calls and second thoughts have remained there
+    is_stray = any(mark in text for mark in limits.marks for text in texts)  # faulty calls and second thoughts remain there
     return float(sample.is_complete and not is_stray and bool(final_answer(sample)))
 
 
@@ -156,8 +156,9 @@ def plain_value(value):
 def valid_calls(sample, limits):
     """The share of the attempted calls that can be made with the tools on offer."""
     calls, broken = attempted_calls(sample)
-    box = ToolBox(Tool({"type": "function", "function": {**tool, "parameters": {"properties": {}, **(tool.get("parameters") or {})}}},
-                       None) for tool in tools_of(sample.row).values())
+    schemas = [{**tool, "parameters": {"properties": {}, **(tool.get("parameters") or {})}}
+               for tool in tools_of(sample.row).values()]
+    box = ToolBox(Tool({"type": "function", "function": schema}, None) for schema in schemas)
     return sum(box.fault(*call) is None for call in calls) / (len(calls) + broken) if calls or broken else 1.0
 
 
@@ -187,8 +188,8 @@ def reward_weights(args):
         if not math.isfinite(weights[name]):
             raise ValueError(f"--rewards {part}: {number!r} is no finite number; give a weight like {name}=0.5")
     if "overlong" in weights and not 0 < args.overlong_buffer <= args.max_new_tokens:
-        raise ValueError(f"--rewards overlong with --overlong_buffer {args.overlong_buffer}: give the number of tokens before the "
-                         f"longest length over which the penalty grows, from 1 to {args.max_new_tokens}")
+        raise ValueError(f"--rewards overlong with --overlong_buffer {args.overlong_buffer}: give the number of tokens before "
+                         f"the longest length over which the penalty grows, from 1 to {args.max_new_tokens}")
     if args.overlong_buffer and "overlong" not in weights:
         raise ValueError("--overlong_buffer has an effect with the reward overlong only: add overlong=1 to --rewards, or leave "
                          "it out")
