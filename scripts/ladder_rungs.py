@@ -155,8 +155,8 @@ def reward(bench, seed):
 def distillation(bench, seed):
     """A small student with a teacher (after) against the same student alone (before): the same rows and steps."""
     shape = ["--from_weight", "none", "--hidden_size", 96, "--num_hidden_layers", 3, "--data_path",
-             f"{TOY / 'sft_train.jsonl'}@0.15", "--val_path", TOY / "sft_heldout.jsonl", *bench.plan["sft"],
-             "--batch_size", 1, "--epochs", 100, "--max_steps", 600]
+             f"{TOY / 'sft_train.jsonl'}@0.08", "--val_path", TOY / "sft_heldout.jsonl", *bench.plan["sft"],
+             "--learning_rate", 6e-3, "--batch_size", 1, "--epochs", 200, "--max_steps", 1500]
     alone = bench.train(train_full_sft, f"alone-{seed}", seed, *shape)
     taught = bench.train(train_distillation, f"taught-{seed}", seed, *shape, "--teacher", bench.base, "--alpha", 1)
     bits = [first_and_last(folder, "val_bpb/sft_heldout")[1] for folder in (alone, taught)]
