@@ -1,0 +1,89 @@
+"""What the policy is likely to earn at each prompt, remembered over the steps: the baseline of SPO (Xu and Ding 2025).
+
+A prompt's rewards in [0, 1] count as successes alpha and failures beta, those of a Beta distribution whose mean is the prompt's value
+v = alpha / (alpha + beta). The policy changes, so what was counted before is forgotten by a factor rho with each new reward r,
+
+    alpha <- rho alpha + r        beta <- rho beta + 1 - r        rho = 2^(-KL / half_kl), kept in [rho_min, rho_max]
+
+the more the further the policy has moved since it last answered this prompt. That is v <- v + (r - v) / (rho (alpha + beta) + 1): a
+moving average with a rate of its own for each prompt. An answer's advantage is r - v with the v of before its reward was counted,
+whitened over the batch, so one answer per prompt is enough.
+"""
+
+import numpy as np
+import torch
+
+EXPLORATION = 0.05  # weight that prompts have which are always or never solved
+
+
+class ValueTracker:
+    """Values of `num_prompts` prompts, all 1/2 with the weight of one reward until `start` or `update`.
+
+    half_kl: the divergence, in nats per token, after which half is forgotten. The number of rewards that a value remembers tends to
+    1 / (1 - rho): 8 to 25 with these bounds. The defaults are those of the published runs.
+    """
+
+    def __init__(self, num_prompts, half_kl=0.06, rho_min=0.875, rho_max=0.96):
+        self.half_kl, self.rho_min, self.rho_max = half_kl, rho_min, rho_max
+        self.alpha, self.beta = (torch.full((num_prompts,), 0.5, dtype=torch.float64) for _ in range(2))
+
+    def values(self):
+        """The expected reward of every prompt, float64 [N]."""
+        return self.alpha / (self.alpha + self.beta)
+
+    def start(self, items, rewards):
+        """Begin at what the first answers earned: rewards [k, n0] of n0 answers to each of the k prompts `items`.
+
+        They count as 1 / (1 - rho_min) rewards, and a success and a failure of half a reward each are added to the n0, so that no
+        value is 0 or 1 from the start.
+        """
+        rewards = checked(rewards)
+        mean = (rewards.sum(1) + 0.5) / (rewards.shape[1] + 1)
+        self.alpha[items], self.beta[items] = mean / (1 - self.rho_min), (1 - mean) / (1 - self.rho_min)
+
+    def update(self, items, rewards, kl):
+        """Count the rewards [k] of one answer to each of the prompts `items`, list of k numbers; of the same one in their order.
+
+        kl: [k], the divergence between the policy that has answered and the one that answered this prompt before (0 the
+        first time), in nats per token.
+        """
+        rewards, kl = checked(rewards), torch.as_tensor(kl, dtype=torch.float64)
+        rho = (2 ** (-kl / self.half_kl)).clamp(self.rho_min, self.rho_max)
+        assert len(items) == len(rewards) == len(rho)
+        for item, reward, kept in zip(items, rewards, rho):
+            self.alpha[item] = kept * self.alpha[item] + reward
+            self.beta[item] = kept * self.beta[item] + 1 - reward
+
+    def sampling_weights(self):
+        """sqrt(v (1 - v)) + 0.05 of every prompt, float64 [N]: most where the outcome is open, never nothing."""
+        v = self.values()
+        return (v * (1 - v)).sqrt() + EXPLORATION
+
+    def draw(self, k, seed):
+        """The numbers of k different prompts, one after another in proportion to the weights of those left: a list.
+
+        It depends on the values and the seed alone.
+        """
+        if k > len(self.alpha):
+            raise ValueError(f"{k} different prompts are wanted, and there are {len(self.alpha)}: give a smaller --num_prompts, or "
+                             "more rows")
+        # the first of independent waiting times with these rates (Efraimidis and Spirakis 2006)
+        times = np.random.default_rng(seed).exponential(size=len(self.alpha)) / self.sampling_weights().numpy()
+        return times.argsort(kind="stable")[:k].tolist()
+
+    def state_dict(self):
+        return {"alpha": self.alpha.clone(), "beta": self.beta.clone()}
+
+    def load_state_dict(self, state):
+        assert state["alpha"].shape == self.alpha.shape
+        self.alpha, self.beta = (state[name].to("cpu", torch.float64, copy=True) for name in ("alpha", "beta"))
+
+
+def checked(rewards):
+    """As float64; ValueError unless they are successes and failures, or something between."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    wrong = rewards[~((rewards >= 0) & (rewards <= 1))]
+    if len(wrong):
+        raise ValueError(f"a reward of {wrong[0]:g}: SPO counts rewards as shares of a success, between 0 and 1. Give --rewards "
+                         "whose weights sum to at most 1 and whose parts are not negative, or take train_grpo.py, which bears any")
+    return rewards
