@@ -12,9 +12,9 @@ SAME = 1e-8  # rewards that differ by no more are the same, summed in another or
 def gae(rewards, values, sequence, discount, gae_lambda):
     """(advantages [n], returns [n]) by generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, values: [n], values being expected before a token is drawn; sequence: [n], the number of the token's answer. Beyond an
-    answer's last token the value is 0, also if it was cut at the longest length: not to end in time is a fault of the
-    answer, and what it would have been worth is not known (TRL's PPO does so too). Returns are what the values should have been.
+    rewards, values: [n], a value being what is expected before the token is drawn; sequence: [n], the number of its answer.
+    Beyond an answer's last token the value is 0, as in TRL's PPO, also if it was cut at the longest length: not to end in time
+    is a fault of the answer, which a value of what might have followed would forgive. Returns: what the values should be.
     """
     counts = torch.unique_consecutive(sequence, return_counts=True)[1]
     last = counts.cumsum(0) - 1
@@ -38,9 +38,9 @@ def whiten(x):
 def group_advantages(rewards, scale="group"):
     """Rewards [P, G] less the mean of their group, divided by a standard deviation + 1e-4: [P, G].
 
-    scale: "group", the deviation of the group (Shao et al. 2024, GRPO); "batch", that of all rewards, which small groups
-    cannot make too large; "none", no division, which makes easy and hard prompts count more than they should (Liu et al.
-    2025, Dr. GRPO). Deviations are unbiased.
+    scale: "group", the deviation of the group (Shao et al. 2024, GRPO), which makes easy and hard prompts count more than they
+    should; "batch", that of all rewards, the same for all prompts; "none", no division (Liu et al. 2025, Dr. GRPO). Deviations
+    are unbiased.
     """
     assert scale in ("group", "batch", "none") and rewards.shape[1] > 1
     centered = rewards - rewards.mean(1, keepdim=True)
@@ -55,7 +55,7 @@ def has_spread(rewards):
 
 
 def explained_variance(values, returns):
-    """1 - var(returns - values) / var(returns), a float: 1 if the values tell all, 0 if nothing, and where all returns agree."""
+    """1 - var(returns - values) / var(returns), a float: 1 if the values tell all, 0 if nothing or if all returns agree."""
     if returns.numel() < 2 or returns.max() == returns.min():
         return 0.0
     return 1 - ((returns.double() - values.double()).var() / returns.double().var()).item()

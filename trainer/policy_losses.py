@@ -51,8 +51,8 @@ def cispo_loss(log_probs, old_log_probs, advantages, high):
 def sequence_log_ratio(log_probs, old_log_probs, sequence):
     """The mean log-ratio of the tokens of an answer, at each of them: [n] (Zheng et al. 2025, GSPO, eq. 7).
 
-    Its gradient is spread over all tokens of the answer, which must be in this micro-batch; so are the clip's bounds: an answer
-    counts as a whole or not at all. With weights of 1 / length the loss of an answer's tokens is GSPO's of the answer (eq. 5).
+    All tokens of the answer must be in this micro-batch, and share its gradient: it counts as a whole or is clipped as a whole.
+    With weights of 1 / length the losses of an answer's tokens sum to GSPO's of the answer (eq. 5).
     """
     _, place, counts = torch.unique(sequence, return_inverse=True, return_counts=True)
     sums = log_probs.new_zeros(counts.numel()).index_add(0, place, log_probs - old_log_probs)
@@ -89,9 +89,8 @@ def token_weights(sequence, how, num_sequences, num_tokens, max_new_tokens):
     """What the loss of each token counts in that of the update, float32 [n].
 
     "token": 1 / num_tokens, a mean over tokens (DAPO). "sequence": 1 / (tokens of its answer * num_sequences), a mean over the
-    answers of their means (GRPO). "constant": 1 / (max_new_tokens * num_sequences), where a token counts as much in a long answer
-    as in a short one, and a step of short answers less (Dr. GRPO: Liu et al. 2025). num_*: of the whole update, over all its
-    micro-batches and ranks.
+    answers of their means (GRPO). "constant": 1 / (max_new_tokens * num_sequences), by which a token counts as much in a long
+    answer as in a short one (Dr. GRPO: Liu et al. 2025). num_*: of the whole update, over all micro-batches and ranks.
     """
     assert how in ("token", "sequence", "constant")
     if how == "sequence":

@@ -1,13 +1,13 @@
 """What the policy is likely to earn at each prompt, remembered over the steps: the baseline of SPO (Xu and Ding 2025).
 
-A prompt's rewards in [0, 1] count as successes alpha and failures beta, those of a Beta distribution whose mean is the prompt's value
-v = alpha / (alpha + beta). The policy changes, so what was counted before is forgotten by a factor rho with each new reward r,
+A prompt's rewards in [0, 1] count as successes alpha and failures beta, those of a Beta distribution, and its mean is the
+prompt's value v = alpha / (alpha + beta). The policy changes, so with each new reward r the older ones are forgotten,
 
     alpha <- rho alpha + r        beta <- rho beta + 1 - r        rho = 2^(-KL / half_kl), kept in [rho_min, rho_max]
 
-the more the further the policy has moved since it last answered this prompt. That is v <- v + (r - v) / (rho (alpha + beta) + 1): a
-moving average with a rate of its own for each prompt. An answer's advantage is r - v with the v of before its reward was counted,
-whitened over the batch, so one answer per prompt is enough.
+the more, the further the policy has moved since it last answered this prompt. It is a moving average with a rate of its own for
+each prompt: v <- v + (r - v) / (rho (alpha + beta) + 1). An answer's advantage is r - v, with the v from before its reward was
+counted, whitened over the batch: one answer to a prompt is enough.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ EXPLORATION = 0.05  # weight that prompts have which are always or never solved
 class ValueTracker:
     """Values of `num_prompts` prompts, all 1/2 with the weight of one reward until `start` or `update`.
 
-    half_kl: the divergence, in nats per token, after which half is forgotten. The number of rewards that a value remembers tends to
-    1 / (1 - rho): 8 to 25 with these bounds. The defaults are those of the published runs.
+    half_kl: the divergence, in nats per token, after which half is forgotten. The number of rewards that a value remembers
+    tends to 1 / (1 - rho): 8 to 25 with these bounds. The defaults are those of the published runs.
     """
 
     def __init__(self, num_prompts, half_kl=0.06, rho_min=0.875, rho_max=0.96):
@@ -34,20 +34,20 @@ class ValueTracker:
     def start(self, items, rewards):
         """Begin at what the first answers earned: rewards [k, n0] of n0 answers to each of the k prompts `items`.
 
-        They count as 1 / (1 - rho_min) rewards, and a success and a failure of half a reward each are added to the n0, so that no
-        value is 0 or 1 from the start.
+        They count as 1 / (1 - rho_min) rewards. Half a success and half a failure are added to the n0, so that no value is 0 or
+        1 from the start.
         """
-        rewards = checked(rewards)
+        rewards = shares_of_success(rewards)
         mean = (rewards.sum(1) + 0.5) / (rewards.shape[1] + 1)
         self.alpha[items], self.beta[items] = mean / (1 - self.rho_min), (1 - mean) / (1 - self.rho_min)
 
     def update(self, items, rewards, kl):
-        """Count the rewards [k] of one answer to each of the prompts `items`, list of k numbers; of the same one in their order.
+        """Count the rewards [k] of an answer to each of the prompts `items`, k numbers; one prompt's in their order.
 
         kl: [k], the divergence between the policy that has answered and the one that answered this prompt before (0 the
         first time), in nats per token.
         """
-        rewards, kl = checked(rewards), torch.as_tensor(kl, dtype=torch.float64)
+        rewards, kl = shares_of_success(rewards), torch.as_tensor(kl, dtype=torch.float64)
         rho = (2 ** (-kl / self.half_kl)).clamp(self.rho_min, self.rho_max)
         assert len(items) == len(rewards) == len(rho)
         for item, reward, kept in zip(items, rewards, rho):
@@ -65,8 +65,8 @@ class ValueTracker:
         It depends on the values and the seed alone.
         """
         if k > len(self.alpha):
-            raise ValueError(f"{k} different prompts are wanted, and there are {len(self.alpha)}: give a smaller --num_prompts, or "
-                             "more rows")
+            raise ValueError(f"{k} different prompts are wanted, and there are {len(self.alpha)}: give a smaller "
+                             "--num_prompts, or more rows")
         # the first of independent waiting times with these rates (Efraimidis and Spirakis 2006)
         times = np.random.default_rng(seed).exponential(size=len(self.alpha)) / self.sampling_weights().numpy()
         return times.argsort(kind="stable")[:k].tolist()
@@ -79,11 +79,11 @@ class ValueTracker:
         self.alpha, self.beta = (state[name].to("cpu", torch.float64, copy=True) for name in ("alpha", "beta"))
 
 
-def checked(rewards):
+def shares_of_success(rewards):
     """As float64; ValueError unless they are successes and failures, or something between."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     wrong = rewards[~((rewards >= 0) & (rewards <= 1))]
     if len(wrong):
-        raise ValueError(f"a reward of {wrong[0]:g}: SPO counts rewards as shares of a success, between 0 and 1. Give --rewards "
-                         "whose weights sum to at most 1 and whose parts are not negative, or take train_grpo.py, which bears any")
+        raise ValueError(f"a reward of {wrong[0]:g}: SPO counts rewards as shares of a success, from 0 to 1. Give --rewards "
+                         "whose parts are not negative and whose weights sum to 1, or take train_grpo.py, which bears any")
     return rewards
