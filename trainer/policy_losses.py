@@ -63,8 +63,8 @@ def kl_estimate(log_probs, ref_log_probs, kind):
     """What a token that was drawn from p says of KL(p || p_ref), [n] (Schulman 2020, "Approximating KL divergence").
 
     With r = p_ref / p: k1 = -log r (right on average, of any sign), k2 = (log r)^2 / 2 (biased), k3 = r - 1 - log r (right on
-    average, never negative). In a loss their gradients, averaged over tokens from p, are others than their values suggest: k1's
-    is 0, k2's that of KL(p || p_ref), k3's that of KL(p_ref || p). In a reward, where no gradient is taken, k1 is the usual one.
+    average, never negative). In a loss their gradients, averaged over tokens from p, are others than their values suggest: of
+    k1 it is 0, of k2 that of KL(p || p_ref), of k3 that of KL(p_ref || p). In a reward, which has no gradient, k1 is usual.
     """
     log_r = ref_log_probs - log_probs
     if kind == "k1":

@@ -13,6 +13,10 @@ counted, whitened over the batch: one answer to a prompt is enough.
 import numpy as np
 import torch
 
+from trainer.advantages import whiten
+from trainer.policy_losses import kl_estimate
+from trainer.rollout import Sample
+
 EXPLORATION = 0.05  # weight that prompts have which are always or never solved
 
 
@@ -77,6 +81,70 @@ class ValueTracker:
     def load_state_dict(self, state):
         assert state["alpha"].shape == self.alpha.shape
         self.alpha, self.beta = (state[name].to("cpu", torch.float64, copy=True) for name in ("alpha", "beta"))
+
+
+class SingleStream:
+    """The baseline of a run with one answer for each prompt: its values, and the answers by which they are forgotten."""
+
+    def __init__(self, prompts):
+        self.tracker, self.last = ValueTracker(len(prompts)), LastAnswers(prompts)
+
+    def advantages(self, samples, score):
+        """Rewards less the values from before, whitened over the samples, float64 [k]; the rewards are counted now.
+
+        `samples` are those of all ranks; score: see `LastAnswers.divergences`.
+        """
+        items = [sample.item for sample in samples]
+        rewards = torch.tensor([sample.rewards["total"] for sample in samples], dtype=torch.float64)
+        advantages = whiten(rewards - self.tracker.values()[items])
+        self.tracker.update(items, rewards, self.last.divergences(items, score))
+        self.last.remember(samples)
+        return advantages
+
+    def state_dict(self):
+        return {"tracker": self.tracker.state_dict(), "last": self.last.state_dict()}
+
+    def load_state_dict(self, state):
+        self.tracker.load_state_dict(state["tracker"])
+        self.last.load_state_dict(state["last"])
+
+
+class LastAnswers:
+    """What each prompt of a PromptDataset was answered last, and how likely it was then: how far has the policy moved since?"""
+
+    def __init__(self, prompts):
+        self.prompts, self.samples = prompts, {}
+
+    def divergences(self, items, score):
+        """KL(policy then || policy now) at each of these prompts, in nats per token, float64 [k]; 0 for one not answered yet.
+
+        By the k3 estimate on the former answer's tokens. score: samples -> log-probabilities of their sampled tokens now, a
+        tensor for each.
+        """
+        known = [item for item in items if item in self.samples]
+        now = dict(zip(known, score([self.samples[item] for item in known]))) if known else {}
+        return torch.tensor([kl_estimate(self.samples[item].old_log_probs, now[item], "k3").mean().item() if item in now else 0.0
+                             for item in items], dtype=torch.float64)
+
+    def remember(self, samples):
+        """Take note of new answers."""
+        for sample in samples:
+            self.samples[sample.item] = Sample({}, sample.prompt, sample.tokens, sample.is_sampled, sample.log_probs, "", [],
+                                               sample.is_complete, sample.item)
+
+    def state_dict(self):
+        ordered = [self.samples[item] for item in sorted(self.samples)]
+        return {"items": torch.tensor([one.item for one in ordered], dtype=torch.long),
+                "lengths": torch.tensor([len(one.tokens) for one in ordered], dtype=torch.long),
+                "tokens": torch.tensor([x for one in ordered for x in one.tokens], dtype=torch.long),
+                "is_sampled": torch.tensor([x for one in ordered for x in one.is_sampled], dtype=torch.bool),
+                "log_probs": torch.tensor([x for one in ordered for x in one.log_probs], dtype=torch.float64)}
+
+    def load_state_dict(self, state):
+        lengths = state["lengths"].tolist()
+        columns = [[part.tolist() for part in state[name].split(lengths)] for name in ("tokens", "is_sampled", "log_probs")]
+        self.samples = {item: Sample({}, self.prompts[item], *parts, "", [], False, item)
+                        for item, *parts in zip(state["items"].tolist(), *columns)}
 
 
 def shares_of_success(rewards):

@@ -27,7 +27,8 @@ def trl_advantages(rewards, scale):
     count = rewards.numel()
     answers = [[1], [2]] * count
     trainer = SimpleNamespace(
-        accelerator=Accelerator, model=SimpleNamespace(training=True), environment_factories=None, tools=None, environments=None,
+        accelerator=Accelerator, model=SimpleNamespace(training=True, is_gradient_checkpointing=False), tools=None,
+        environments=None, environment_factories=None,
         _generate=lambda prompts: ([[1]] * count, answers[:count], None, ["a"] * count, None, {}, None, None),
         _tokenizer=SimpleNamespace(pad_token_id=0), pad_to_multiple_of=None, mask_truncated_completions=False, _is_vlm=False,
         args=SimpleNamespace(per_device_train_batch_size=count, gradient_checkpointing_kwargs=None, steps_per_generation=1,
@@ -37,7 +38,6 @@ def trl_advantages(rewards, scale):
         scale_rewards=scale, reward_func_names=["r"], reward_funcs=[None], _metrics={"train": defaultdict(list)},
         _logs={"prompt": [], "completion": [], "rewards": {"r": []}, "advantages": []}, _pending_extra_logs={},
         _pending_metrics={})
-    trainer.model.is_gradient_checkpointing = False
     output = GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": "p"}] * count)
     return output["advantages"].view_as(rewards)
 
