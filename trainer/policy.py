@@ -40,7 +40,8 @@ class PolicyArgs(TrainArgs):
     num_minibatches: int = arg(1, "updates from a step's answers: each has its share of them")
     update_epochs: int = arg(1, "how often a step's answers are learned from")
     kl_weight: float = arg(0.0, "weight of the KL divergence from the network that training starts from; 0: none is kept")
-    kl_kind: str = arg("k3", "how that is estimated from the sampled tokens", choices=["k1", "k2", "k3"])
+    kl_kind: str = arg("k3", "how that is estimated from the sampled tokens; k1 is none for a loss: its gradient is 0 on average",
+                       choices=["k2", "k3"])
     lora_rank: int = arg(0, "train low-rank adapters of this rank instead of all weights; 0: all weights")
     rollout_batch_size: int = arg(64, "answers that are written side by side")
     num_transcripts: int = arg(4, "answers that are written to transcripts.jsonl with each logged step")

@@ -149,7 +149,7 @@ def update(net, reference, micro_batches, num_tokens, num_sequences, run, args):
             weights = token_weights(batch["sequence"], args.weighting, num_sequences, num_tokens, args.max_new_tokens)
             loss = (weights * (losses + args.kl_weight * kl)).sum() + balance_loss
             run.backward(loss)
-        moved = kl_estimate(log_probs, batch["old_log_probs"], "k3")
+        moved = kl_estimate(batch["old_log_probs"], log_probs.detach(), "k3")  # the tokens are the old policy's
         figures = (kl, moved, entropies, is_clipped)
         sums += torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
     return run.ranks.sum_tensor(sums)

@@ -65,6 +65,8 @@ class PPOArgs(PolicyArgs):
     num_generations: int = arg(1, "answers that are sampled for each of them")
     num_minibatches: int = arg(4, "updates from a step's answers: each has its share of them")
     update_epochs: int = arg(2, "how often a step's answers are learned from")
+    kl_kind: str = arg("k1", "how the divergence, part of the reward here, is estimated from the sampled tokens",
+                       choices=["k1", "k2", "k3"])
     clip: float = arg(0.2, "a ratio further than this from 1 stops the policy's gradient")
     value_clip: float = arg(0.2, "a value further than this from that before the step stops the critic's")
     value_weight: float = arg(0.5, "weight of the critic's loss")
@@ -161,7 +163,7 @@ def update(net, micro_batches, num_tokens, run, args):
             value_losses = value_loss(values, batch["old_values"], batch["returns"], args.value_clip)
             loss = (losses + args.value_weight * value_losses).sum() / num_tokens + balance_loss
             run.backward(loss)
-        moved = kl_estimate(log_probs, batch["old_log_probs"], "k3")
+        moved = kl_estimate(batch["old_log_probs"], log_probs.detach(), "k3")  # the tokens are the old policy's
         figures = (moved, entropies, is_clipped, value_losses)
         sums += torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
     return run.ranks.sum_tensor(sums)

@@ -101,7 +101,7 @@ def update(net, reference, micro_batches, num_tokens, run, args):
                 kl = kl_estimate(log_probs, reference_log_probs(reference, batch, args.temperature), args.kl_kind)
             loss = (losses + args.kl_weight * kl).sum() / num_tokens + balance_loss
             run.backward(loss)
-        moved = kl_estimate(log_probs, batch["old_log_probs"], "k3")
+        moved = kl_estimate(batch["old_log_probs"], log_probs.detach(), "k3")  # the tokens are the old policy's
         figures = (kl, moved, entropies, is_clipped)
         sums += torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
     return run.ranks.sum_tensor(sums)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from trainer.advantages import whiten
-from trainer.policy_losses import kl_estimate
 from trainer.rollout import Sample
 
 EXPLORATION = 0.05  # weight that prompts have which are always or never solved
@@ -117,14 +116,14 @@ class LastAnswers:
         self.prompts, self.samples = prompts, {}
 
     def divergences(self, items, score):
-        """KL(policy then || policy now) at each of these prompts, in nats per token, float64 [k]; 0 for one not answered yet.
+        """How far the policy has moved since it answered each of these prompts, float64 [k]; 0 for one not answered yet.
 
-        By the k3 estimate on the former answer's tokens. score: samples -> log-probabilities of their sampled tokens now, a
-        tensor for each.
+        The mean of |log p then - log p now| over the former answer's tokens, in nats, as in the published code: it bounds their
+        estimate of the divergence. score: samples -> log-probabilities of their sampled tokens now, a tensor for each.
         """
         known = [item for item in items if item in self.samples]
         now = dict(zip(known, score([self.samples[item] for item in known]))) if known else {}
-        return torch.tensor([kl_estimate(self.samples[item].old_log_probs, now[item], "k3").mean().item() if item in now else 0.0
+        return torch.tensor([(self.samples[item].old_log_probs - now[item]).abs().mean().item() if item in now else 0.0
                              for item in items], dtype=torch.float64)
 
     def remember(self, samples):
