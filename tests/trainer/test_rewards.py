@@ -1,0 +1,242 @@
+"""Each reward on samples written by hand, with its number; and everything that a user of --rewards can get wrong."""
+
+import json
+import re
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from dataset.toy_scorer import assistant_message, score
+from dataset.toy_world import question_of_row, write_world
+from trainer.rewards import Rewards
+from trainer.train_reason import keeps_format
+
+ROOT = Path(__file__).resolve().parents[2]
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "12 + 30"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "model")
+
+
+@dataclass
+class Sample:
+    """The fields of a rollout's sample; `earlier` are messages between the prompt and the last reply."""
+
+    text: str
+    row: dict
+    tokens: list[int] = field(default_factory=lambda: [1, 2])
+    is_sampled: list[bool] | None = None
+    earlier: list[dict] = field(default_factory=list)
+    is_complete: bool = True
+
+    def __post_init__(self):
+        self.row = {"conversations": [{"role": "user", "content": "?"}], **self.row}
+        self.is_sampled = self.is_sampled or [True] * len(self.tokens)
+        last = assistant_message(self.text, bool(self.row["conversations"][0].get("tools")))
+        self.messages = [*self.row["conversations"], *self.earlier, last]
+
+
+@pytest.fixture
+def rewards(tokenizer):
+    """rewards("answer=1", max_new_tokens=10, ...) -> Rewards."""
+    def make(*flags, max_new_tokens=10, overlong_buffer=0):
+        args = Namespace(rewards=list(flags), max_new_tokens=max_new_tokens, overlong_buffer=overlong_buffer)
+        return Rewards(args, tokenizer, Namespace(device=torch.device("cpu")))
+    return make
+
+
+@pytest.fixture
+def worth(rewards):
+    """worth(name, text, row, ...) -> that reward of one sample."""
+    def make(name, text, row=None, max_new_tokens=10, overlong_buffer=0, **fields):
+        one = rewards(f"{name}=1", max_new_tokens=max_new_tokens, overlong_buffer=overlong_buffer)
+        (total,), parts = one([Sample(text, row or {}, **fields)])
+        assert parts == {name: [total]} and isinstance(total, float)
+        return total
+    return make
+
+
+def tool_row(*calls, **fields):
+    """A row that offers the toy world's calculator and a tool that only its user can run."""
+    arguments = {"city": {"type": "string"}, "seats": {"type": "integer"}}
+    book = {"name": "book", "description": "Book.", "parameters": {"properties": arguments, "required": ["city"]}}
+    toy = {"name": "calculator", "description": "Work out an arithmetic expression.",
+           "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}}
+    tools = json.dumps([{"type": "function", "function": toy}, book])
+    return {"conversations": [{"role": "system", "content": "", "tools": tools}, {"role": "user", "content": "?"}],
+            "calls": [{"name": name, "arguments": arguments} for name, arguments in calls], **fields}
+
+
+def call_text(name, **arguments):
+    return f'<tool_call>\n{json.dumps({"name": name, "arguments": arguments})}\n</tool_call>'
+
+
+def call_message(text):
+    return [assistant_message(text, True), {"role": "tool", "content": '{"result": 1}'}]
+
+
+def test_the_weighted_sum_and_its_parts(rewards):
+    samples = [Sample("7", {"answer": "7"}, [1, 2, 3]), Sample("8", {"answer": "7"}, [1])]
+    totals, parts = rewards("answer=2", "length=0.5", "format=-1")(samples)
+    assert parts == {"answer": [1.0, 0.0], "length": [-0.3, -0.1], "format": [1.0, 1.0]}
+    assert totals == pytest.approx([2 - 0.15 - 1, -0.05 - 1])
+    assert rewards("answer=1", "length=1")([]) == ([], {"answer": [], "length": []})
+
+
+def test_answers_of_the_toy_world_count_as_in_its_held_out_questions(rewards, tmp_path):
+    write_world("mini", tmp_path)
+    answer, texts, samples, expected = rewards("answer=1"), [], [], []
+    for name in ("rl_heldout", "agent_heldout"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()[::7]]
+        texts = [row["answer"] for row in rows]
+        for i, row in enumerate(rows):
+            for text in (texts[i], texts[i - 1], f"<think>{texts[i - 1]}</think>The answer is {texts[i]}.", f"<think>{texts[i]}",
+                         f"<think>{texts[i]}</think>", f"{texts[i]} or {texts[i - 1]}"):
+                samples.append(Sample(text, row))
+                expected.append(float(score(question_of_row(row), text)))
+    assert answer(samples)[0] == expected and 0.3 < sum(expected) / len(expected) < 0.7
+
+
+@pytest.mark.parametrize(("row", "right", "wrong"), [
+    ({"answer": "5", "skill": "arithmetic"}, ["5", "２ + 3 = ５", "五"],
+     ["", "6", "<think>5", "<think>5</think>", "<think>5</think>6"]),
+    ({"answer": "Red", "choices": ["Red", "Blue"]}, ["Not blue but red."], ["Red or blue"]),
+    ({"gt": ["7", "Rome"]}, ["Rome has 7.", "七 in rome"], ["Rome has 17.", "7", "<think>7 Rome</think>no"]),
+    ({"answer": "1,000"}, ["1000", "\\boxed{1000}", "<think>2</think>#### 1000"],
+     ["100", "", "<think>1000", "<think>1000</think>0"]),
+    ({"answer": 0.5}, ["1/2", "50%", "二分之一"], ["2"]),
+    ({"answer": "5", "gt": ["5", "6"]}, ["5 and 6"], ["5"]),
+])  # fmt: skip
+def test_answer(row, right, wrong, worth):
+    for is_complete in (True, False):  # a reply that was cut may have said it before
+        assert [worth("answer", text, row, is_complete=is_complete) for text in right] == [1.0] * len(right)
+        assert [worth("answer", text, row, is_complete=is_complete) for text in wrong] == [0.0] * len(wrong)
+
+
+def test_a_guess_within_a_call_is_no_answer(worth):
+    row = tool_row(("calculator", {"expression": "12 + 30"}), answer="42", gt=["42"], skill="tools")
+    guess = call_text("calculator", expression="42")
+    assert worth("answer", guess, row) == 0 and worth("answer", f"It is 42.{guess}", row) == 1
+    del row["skill"], row["answer"]
+    assert worth("answer", guess, row) == 0 and worth("answer", "42", row) == 1
+
+
+@pytest.mark.parametrize(("text", "form", "thought"), [
+    ("Yes.", 1, 0), ("<think>\nHm.\n</think>\n\nYes.", 1, 1), ("<think>\n\n</think>\n\nYes.", 1, 0),
+    ("<think>Hm.</think>Yes.", 1, 1),
+    ("", 0, 0), ("  \n", 0, 0), ("<think>Hm.", 0, 0), ("<think>Hm.</think>", 0, 0), ("<think>Hm.</think>  ", 0, 0),
+    ("Yes.</think>", 0, 0), ("Hm.</think>Yes.", 0, 0), ("Well <think>Hm.</think>Yes.", 0, 0),
+    ("<think>a</think>b<think>c</think>d", 0, 0), ("<think>a<think>b</think>c", 0, 0), ("<think>a</think></think>b", 0, 0),
+    (f"Yes. {CALL}", 0, 0), ("Yes.<|im_start|>user", 0, 0),
+    ("<think>a<|im_end|></think>b", 0, 1),
+])  # fmt: skip
+def test_format_and_think(text, form, thought, worth, tokenizer):
+    assert worth("format", text) == form and worth("think", text) == thought
+    assert worth("format", text, is_complete=False) == 0
+    if text.startswith("<think>") and "<|" not in text:  # then the validation of train_reason.py sees it so too
+        ids = tokenizer.encode(text.removeprefix("<think>") + "<|im_end|>")
+        assert keeps_format(ids, True, tokenizer) == thought
+
+
+def test_format_of_calls(worth):
+    row = tool_row()
+    assert worth("format", f"Wait.\n{CALL}", row) == 1 and worth("format", CALL, row) == 0  # the last reply has no answer
+    assert worth("format", "Wait. <tool_call>{bad}</tool_call>", row) == 0
+    assert worth("format", "42", row, earlier=call_message(CALL)) == 1
+    assert worth("format", "42", row, earlier=call_message("<tool_call>{bad}</tool_call>")) == 0
+    row["conversations"].append({"role": "assistant", "content": "an example: <tool_call>"})  # of the prompt's is nothing asked
+    assert worth("format", "42", row) == 1
+
+
+def test_lengths(worth):
+    for count, length, overlong in (
+            (0, 0, 0), (1, -0.1, 0), (6, -0.6, 0), (7, -0.7, -0.25), (9, -0.9, -0.75), (10, -1, -1), (13, -1.3, -1)):
+        fields = dict(tokens=[5] * count)
+        assert worth("length", "", **fields) == pytest.approx(length)
+        assert worth("overlong", "", overlong_buffer=4, **fields) == pytest.approx(overlong)
+    mixed = dict(tokens=[5] * 8, is_sampled=[True] * 3 + [False] * 4 + [True])  # what tools wrote is not the model's
+    assert worth("length", "", **mixed) == pytest.approx(-0.4)
+    assert worth("overlong", "", overlong_buffer=8, **mixed) == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize(("tokens", "is_sampled", "value"), [
+    ([], None, 0), ([1, 1], None, 0), ([1, 2, 3, 4, 5], None, 0), ([1] * 6, None, -3 / 4), ([1, 2, 3, 1, 2, 3], None, -1 / 4),
+    ([1, 2, 3, 9, 1, 2, 3], [True] * 3 + [False] + [True] * 3, -1 / 2), ([1, 1, 1, 1, 1], [True, True, False, True, True], 0),
+    ([1, 1, 1, 1, 2, 3, 4], [False] * 4 + [True] * 3, 0),
+])  # fmt: skip
+def test_repetition(tokens, is_sampled, value, worth):
+    assert worth("repetition", "", tokens=tokens, is_sampled=is_sampled) == pytest.approx(value)
+
+
+def test_tools(worth):
+    plus, book = ("calculator", {"expression": "12 + 30"}), ("book", {"city": "Rome", "seats": 2})
+    row = tool_row(plus, book)
+
+    def made(*texts, row=row):
+        return worth("tools", "Done.", row, earlier=[message for text in texts for message in call_message(text)])
+
+    right = call_text("calculator", expression="12+30"), call_text("book", city=" rome", seats="２")
+    assert made() == 0 and made(right[0]) == 0.5 and made(*right) == made(*right[::-1]) == made("".join(right)) == 1
+    assert made(call_text("calculator", expression="6 * 7")) == 0.5  # the toy world's tools count by their result
+    assert made(call_text("calculator", expression="13 + 30"), right[1]) == 0.5
+    assert made(call_text("book", city="Rome", seats=3)) == made(call_text("book", city="Rome")) == 0
+    assert made(call_text("other", expression="12 + 30")) == 0 and made("<tool_call>{bad}</tool_call>") == 0
+    assert made(*right, *right, call_text("book", city="Bonn")) == 1  # nothing is taken off for more
+    none = tool_row()
+    assert made(row=none) == 1 and made(right[0], row=none) == 0 and made("<tool_call>{bad}</tool_call>", row=none) == 0
+    wanted_in_gt = tool_row(gt=[{"name": "book", "arguments": {"city": "Rome", "seats": 2}}])
+    assert made(right[1], row=wanted_in_gt) == 1 and made(right[0], row=wanted_in_gt) == 0
+    assert worth("tools", call_text("book", city="Rome", seats=2), row) == 0.5  # the last reply counts as well
+    row["conversations"].insert(1, assistant_message(right[0], True))  # an example in the prompt does not
+    assert made() == 0
+
+
+def test_valid_calls(worth):
+    def share(*texts, row=None):
+        earlier = [message for text in texts for message in call_message(text)]
+        return worth("valid_calls", "Done.", row or tool_row(), earlier=earlier)
+
+    good, broken = call_text("book", city="Rome", seats=2), "<tool_call>{bad}</tool_call>"
+    assert share() == 1 and share(good) == 1 and share(broken) == 0 and share(good, broken) == 0.5
+    for bad in (call_text("book", seats=2), call_text("book", city=3), call_text("book", city="Rome", time=1),
+                call_text("get_time", city="x")):
+        assert share(bad) == 0 and share(good, good, bad) == pytest.approx(2 / 3)
+    bare = {"conversations": [{"role": "system", "content": "", "tools": [{"name": "now"}]}, {"role": "user", "content": "?"}]}
+    assert share(call_text("now"), row=bare) == 1 and share(call_text("now", a=1), row=bare) == 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["answr=1"], "--rewards answr: there is no such reward. Take of: answer, format, think, length, overlong, repetition, "
+                  "tools, valid_calls, FILE.py:FUNCTION, model:FOLDER, model!:FOLDER, judge:URL#MODEL"),
+    (["answer"], "--rewards answer: give NAME=WEIGHT, for example answer=1"), (["answer=x"], "'x' is no finite number"),
+    (["answer=nan"], "'nan' is no finite number; give a weight like answer=0.5"), (["answer=inf"], "'inf' is no finite number"),
+    (["answer="], "'' is no finite number"), (["answer=1", "answer=2"], "--rewards answer is given twice"),
+    (["judge:http://127.0.0.1:1/v1=1"], "judge:URL#MODEL"), (["model:=1"], "model:FOLDER"),
+    (["overlong=1"], "--overlong_buffer 0: give the number of tokens before the longest length over which the penalty grows, "
+                     "from 1 to 10"),
+])  # fmt: skip
+def test_flags_that_cannot_be(flags, message, rewards):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rewards(*flags)
+
+
+def test_an_overlong_buffer_without_effect_is_refused(rewards):
+    with pytest.raises(ValueError, match="from 1 to 10"):
+        rewards("overlong=1", overlong_buffer=11)
+    with pytest.raises(ValueError, match="has an effect with the reward overlong only"):
+        rewards("answer=1", overlong_buffer=4)
+
+
+def test_rows_that_nobody_can_judge(worth):
+    with pytest.raises(ValueError, match=re.escape("neither \"answer\" nor \"gt\" among the keys ['conversations', 'solution']")):
+        worth("answer", "5", {"solution": "5"})
+    with pytest.raises(ValueError, match="give a list of texts; for calls, take --rewards tools=1"):
+        worth("answer", "5", {"gt": [{"name": "book", "arguments": {}}]})
+    with pytest.raises(ValueError, match="give a list of texts"):
+        worth("answer", "5", {"gt": "5"})
