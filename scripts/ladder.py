@@ -2,6 +2,7 @@
 
     python scripts/ladder.py                                    # all rungs, 3 seeds: a table, out/ladder/ladder.png
     python scripts/ladder.py --rungs lora dpo --seeds 1 2 3 4 5 --from_weight out/quickstart/full_sft_tiny
+    python scripts/ladder.py --rungs ppo grpo dr_grpo dapo cispo gspo spo agent    # reinforcement learning, from a weaker model
     python scripts/ladder.py --max_steps 4 --seeds 1 --limit 8   # only to see that everything works
 
 A rung trains a stage once per seed, with the commands that it prints, and compares before and after on questions that were held
@@ -21,20 +22,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.toy_world import make_world, write_world
-from scripts.ladder_rungs import AIMS, RUNGS, Bench
+from scripts import ladder_rungs
+from scripts.ladder_rungs import Bench
+from scripts.rl_rungs import RL_AIMS, RL_EPOCHS, RL_RUNGS
 from trainer.arguments import arg, check_positive, command, parse_args
 from trainer.metrics import write_json
 
 # the 97.5% quantile of Student's t with n - 1 degrees of freedom, for n seeds
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+AIMS, RUNGS = ladder_rungs.AIMS | RL_AIMS, ladder_rungs.RUNGS | RL_RUNGS
 
 
 @dataclass
 class LadderArgs:
-    rungs: list[str] = arg(list(RUNGS), f"which of {', '.join(RUNGS)}", nargs="+")
+    rungs: list[str] = arg(list(ladder_rungs.RUNGS), f"which of {', '.join(RUNGS)}", nargs="+")
     seeds: list[int] = arg([1, 2, 3], "a run of each rung for each of these", nargs="+")
     from_weight: str = arg("", "SFT checkpoint that all rungs start from (default: one is trained first)")
-    save_dir: str = arg(str(ROOT / "out" / "ladder"), "folder for the runs, the results and the picture")
+    save_dir: str = arg(str(ROOT / "out" / "ladder"), "folder for the runs, the results and the picture (reinforcement learning: "
+                                                      "out/ladder_rl)")
     limit: int = arg(200, "held-out questions of each skill, at most")
     max_steps: int | None = arg(None, "end each training after so many steps: to see only that everything works")
     device: str = arg("auto", "cpu or cuda; auto: the GPU if there is one")
@@ -49,6 +54,12 @@ class LadderArgs:
         unknown = [name for name in self.rungs if name not in RUNGS]
         if unknown:
             raise ValueError(f"--rungs {unknown[0]}: there are {', '.join(RUNGS)}")
+        self.is_rl = self.rungs[0] in RL_RUNGS
+        if any((name in RL_RUNGS) != self.is_rl for name in self.rungs):
+            raise ValueError(f"--rungs {' '.join(self.rungs)}: {', '.join(RL_RUNGS)} start from a weaker model than the others; "
+                             "give them in a command of their own")
+        if self.is_rl and "save_dir" not in self.given:
+            self.save_dir += "_rl"
         if len(set(self.seeds)) < len(self.seeds) or len(self.seeds) > max(STUDENT_T):
             raise ValueError(f"--seeds: give up to {max(STUDENT_T)} different numbers")
         self.rungs = list(dict.fromkeys(self.rungs))
@@ -140,7 +151,7 @@ def main(argv=None):
     if args.overwrite:
         shutil.rmtree(Path(args.save_dir) / "results", ignore_errors=True)
     write_world("mini", ROOT / "dataset" / "toy_mini")
-    bench = Bench(args, make_world("mini"))
+    bench = Bench(args, make_world("mini"), *([RL_EPOCHS] if args.is_rl else []))
     rows = []
     for rung in args.rungs:
         rows += table_rows(rung, [measured(bench, rung, seed) for seed in args.seeds])

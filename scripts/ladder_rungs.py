@@ -47,10 +47,13 @@ AIMS = {
 
 
 class Bench:
-    """What the rungs share: the world's questions, the SFT model `base` (a folder) and how well it does."""
+    """What the rungs share: the world's questions, the SFT model `base` (a folder) and how well it does.
 
-    def __init__(self, args, world):
-        self.args, self.world, self.run = args, world, Compute(args)
+    epochs: of pretraining and of fine-tuning, where it has to be trained first.
+    """
+
+    def __init__(self, args, world, epochs=(3, 4)):
+        self.args, self.world, self.run, self.epochs = args, world, Compute(args), epochs
         self.plan = GPU if self.run.device.type == "cuda" else CPU
         self.questions = heldout_questions(world, args.limit)
         self.known = {}  # what was measured of the base
@@ -78,10 +81,10 @@ class Bench:
         return shape_name(MiniMindConfig(**read_config(self.base))) if self.base else self.plan["preset"]
 
     def train_base(self):
-        """The SFT model that all rungs start from: the quick start's recipe, three and four times as long."""
+        """The SFT model that all rungs start from: the quick start's recipe, in so many epochs of pretraining and fine-tuning."""
         shape = ["--preset", self.plan["preset"]]
-        self.train(train_pretrain, "pretrain", 42, *shape, "--epochs", 3, *self.plan["pretrain"])
-        return self.train(train_full_sft, "full_sft", 42, *shape, *self.plan["sft"], "--epochs", 4)
+        self.train(train_pretrain, "pretrain", 42, *shape, *self.plan["pretrain"], "--epochs", self.epochs[0])
+        return self.train(train_full_sft, "full_sft", 42, *shape, *self.plan["sft"], "--epochs", self.epochs[1])
 
     def engine(self, folder, adapter=None):
         """A decoding engine for a checkpoint folder."""

@@ -15,6 +15,7 @@ from trainer.arguments import TrainArgs, arg, check_not_negative, check_positive
 from trainer.metrics import writing
 from trainer.policy_losses import token_log_probs
 from trainer.record import GO_ON
+from trainer.rewards import reward_weights
 from trainer.rollout import answer_samples, draw_seed, share_of
 from trainer.weights import ROOT, find_weight, load_model
 
@@ -72,6 +73,7 @@ class PolicyArgs(TrainArgs):
             raise ValueError("--from_weight none: a network that has learned nothing finds no reward; name one that answers")
         if "kl_kind" in self.given and not self.kl_weight:
             raise ValueError("--kl_kind has an effect with --kl_weight only: leave it out, or give a weight")
+        reward_weights(self)
         if self.deepspeed:
             raise ValueError("--deepspeed is not for reinforcement learning here, where each rank also writes answers with the "
                              "whole network: leave it out; torchrun averages the gradients of several GPUs")
