@@ -83,6 +83,7 @@ def first_values(stream, rollout, dataset, rewards, run, args):
     rollout.refresh()
     samples = rate(answer_samples(rollout, dataset, [item for item, _ in asked], [seed for _, seed in asked],
                                   args.max_new_tokens, args.thinking), rewards)
+    stream.last.remember(run.ranks.gather(samples[n - 1::n]))
     totals = run.ranks.gather([sample.rewards["total"] for sample in samples])
     stream.tracker.start(list(range(len(dataset))), torch.tensor(totals, dtype=torch.float64).view(-1, n))
 
@@ -115,7 +116,7 @@ def main(argv=None):
         build, dataset = prompt_dataset(args, run, tokenizer)
         run.say(dataset.report)
         training, held_out = validation_sets(args, dataset, build)
-        rewards, stream = Rewards(args, tokenizer, run), SingleStream(training.prompts)
+        rewards, stream = Rewards(args, tokenizer, run), SingleStream(training.prompts, args.num_prompts)
         data = fingerprint(data=training.fingerprint, start=run.ranks.from_first(lambda: network_sha256(model)))
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, saved, tokenizer, optimizer, data, extra=stream)

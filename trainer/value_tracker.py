@@ -17,6 +17,7 @@ from trainer.advantages import whiten
 from trainer.rollout import Sample
 
 EXPLORATION = 0.05  # weight that prompts have which are always or never solved
+SLACK = 1e-6  # beyond 0 and 1, of a weighted sum in floats
 
 
 class ValueTracker:
@@ -68,9 +69,7 @@ class ValueTracker:
 
         It depends on the values and the seed alone.
         """
-        if k > len(self.alpha):
-            raise ValueError(f"{k} different prompts are wanted, and there are {len(self.alpha)}: give a smaller "
-                             "--num_prompts, or more rows")
+        assert k <= len(self.alpha)
         # the first of independent waiting times with these rates (Efraimidis and Spirakis 2006)
         times = np.random.default_rng(seed).exponential(size=len(self.alpha)) / self.sampling_weights().numpy()
         return times.argsort(kind="stable")[:k].tolist()
@@ -84,9 +83,15 @@ class ValueTracker:
 
 
 class SingleStream:
-    """The baseline of a run with one answer for each prompt: its values, and the answers by which they are forgotten."""
+    """The baseline of a run with one answer for each prompt: its values, and the answers by which they are forgotten.
 
-    def __init__(self, prompts):
+    ValueError if a step of `num_prompts` different prompts cannot be had of these.
+    """
+
+    def __init__(self, prompts, num_prompts):
+        if num_prompts > len(prompts):
+            raise ValueError(f"--num_prompts {num_prompts}: a step asks different prompts, and there are {len(prompts)}: give "
+                             "fewer, or more rows")
         self.tracker, self.last = ValueTracker(len(prompts)), LastAnswers(prompts)
 
     def advantages(self, samples, score):
@@ -148,10 +153,13 @@ class LastAnswers:
 
 
 def shares_of_success(rewards):
-    """As float64; ValueError unless they are successes and failures, or something between."""
+    """As float64; ValueError unless they are successes and failures, or something between.
+
+    Weights that sum to 1 may have sums of floats a little above: these are 1.
+    """
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    wrong = rewards[~((rewards >= 0) & (rewards <= 1))]
+    wrong = rewards[~((rewards >= -SLACK) & (rewards <= 1 + SLACK))]
     if len(wrong):
         raise ValueError(f"a reward of {wrong[0]:g}: SPO counts rewards as shares of a success, from 0 to 1. Give --rewards "
                          "whose parts are not negative and whose weights sum to 1, or take train_grpo.py, which bears any")
-    return rewards
+    return rewards.clamp(0, 1)
