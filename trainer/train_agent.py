@@ -29,7 +29,7 @@ import torch
 
 from dataset.chat_format import encode_conversation, encode_prompt
 from dataset.token_cache import fingerprint
-from dataset.tools import load_tools
+from dataset.tools import ToolBox, load_tools
 from dataset.toy_scorer import assistant_message
 from dataset.toy_tools import TOY_TOOLS
 from model.native_format import network_sha256
@@ -52,7 +52,7 @@ from trainer.policy import (
     sample_figures,
 )
 from trainer.policy_losses import cispo_loss, clipped_loss, kl_estimate
-from trainer.rewards import Rewards
+from trainer.rewards import Rewards, tools_of
 from trainer.rollout import Rollout, Sample, draw_seed, share_of
 from trainer.run import Run
 from trainer.value_tracker import SingleStream
@@ -66,7 +66,7 @@ class AgentArgs(PolicyArgs):
     save_weight: str = arg("agent", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
     max_seq_len: int = arg(1024, "longest episode, in tokens; also the length of packed rows")
     num_generations: int | None = arg(None, "episodes for each prompt (default: 8; spo: 1)")
-    rewards: list[str] = arg(["answer=1", "tools=0.5"], "what an episode is worth: a weighted sum of NAME=WEIGHT; see "
+    rewards: list[str] = arg(["answer=0.7", "tools=0.3"], "what an episode is worth: a weighted sum of NAME=WEIGHT; see "
                              "trainer/rewards.py", nargs="+")
     loss_type: str = arg("grpo", "advantages within a group, with the clipped loss or CISPO's; or against a remembered value",
                          choices=list(CLIP))
@@ -90,50 +90,61 @@ class Episodes:
 
     def __init__(self, rollout, tokenizer, args):
         self.rollout, self.tokenizer, self.args = rollout, tokenizer, args
-        self.box = load_tools(args.tools) if args.tools else TOY_TOOLS
-        self.box.seconds = args.tool_seconds
+        self.tools = (load_tools(args.tools) if args.tools else TOY_TOOLS).tools
+        self.opened = "<think>\n" if args.thinking else ""  # by the prompt of every reply
         stub = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids = encode_conversation(tokenizer, stub)[0]
         self.stub, self.stub_end = stub, len(ids) - ids[::-1].index(tokenizer.eos_token_id)  # right after the reply's end mark
+
+    def check(self, datasets):
+        """ValueError unless the rows of these offer tools, all of which are there."""
+        offered = {name for dataset in datasets for row in dataset.rows for name in tools_of(row)}
+        if not offered:
+            raise ValueError('no row offers a tool: put "tools" on its system message, or take train_grpo.py for rows without')
+        if missing := sorted(offered - set(self.tools)):
+            raise ValueError(f"rows offer {', '.join(missing)}, and {self.args.tools or 'the toy world'} has "
+                             f"{', '.join(self.tools)}: give a file that has all of them with --tools")
 
     def __call__(self, dataset, items, seeds, temperature=None):
         samples = [Sample(dataset.rows[item], dataset.prompts[item], [], [], [], "", list(dataset.rows[item]["conversations"]),
                           False, item) for item in items]
         alive = list(range(len(samples)))
         for turn in range(self.args.max_turns):
-            alive = [i for i in alive if self.has_room(samples[i])]
             answers = self.rollout([samples[i].prompt + samples[i].tokens for i in alive],
                                    [draw_seed(seeds[i], turn) for i in alive], self.args.max_new_tokens, temperature)
+            alive = [i for i, answer in zip(alive, answers) if self.goes_on(samples[i], answer)]
             is_last = turn == self.args.max_turns - 1
-            alive = [i for i, answer in zip(alive, answers) if self.goes_on(samples[i], answer) and not is_last]
-            for i in alive:
-                self.run_calls(samples[i])
+            alive = [i for i in alive if not is_last and self.run_calls(samples[i])]
         return samples
 
-    def has_room(self, sample):
-        """Whether one more reply fits; if not, the episode is cut."""
-        fits = len(sample.prompt) + len(sample.tokens) + self.args.max_new_tokens <= self.args.max_seq_len
-        sample.is_complete = sample.is_complete and fits
-        return fits
-
     def goes_on(self, sample, answer):
-        """Add a reply to an episode; True if it holds calls."""
+        """Add a reply to an episode; True if it holds calls, whose results the model must see before the episode is whole."""
         sample.tokens += answer.tokens
         sample.is_sampled += [True] * len(answer.tokens)
         sample.log_probs += answer.log_probs
-        sample.text, sample.is_complete = answer.text, answer.is_complete
-        sample.messages.append(assistant_message(answer.text, tools=True))
-        return answer.is_complete and "tool_calls" in sample.messages[-1]
+        sample.text = self.opened + answer.text
+        sample.messages.append(assistant_message(sample.text, tools=bool(tools_of(sample.row))))
+        has_calls = "tool_calls" in sample.messages[-1]
+        sample.is_complete = answer.is_complete and not has_calls
+        return answer.is_complete and has_calls
 
     def run_calls(self, sample):
-        """Run the calls of the last reply and add what came of them, which nobody sampled."""
-        results = [{"role": "tool", "content": self.box.run(call["name"], call["arguments"])}
+        """Run the calls of the last reply, of tools that the row offers; True if what came of them, and a reply, fit.
+
+        The results become tokens that nobody sampled; where no reply can follow, they are in the messages alone.
+        """
+        box = ToolBox([self.tools[name] for name in tools_of(sample.row)], self.args.tool_seconds)
+        results = [{"role": "tool", "content": box.run(call["name"], call["arguments"])}
                    for call in sample.messages[-1]["tool_calls"]]
         sample.messages += results
         ids = encode_prompt(self.tokenizer, [*self.stub, *results], enable_thinking=self.args.thinking)[self.stub_end:]
+        length = len(sample.prompt) + len(sample.tokens) + len(ids)
+        if length + self.args.max_new_tokens > self.args.max_seq_len:
+            return False
         sample.tokens += ids
         sample.is_sampled += [False] * len(ids)
         sample.log_probs += [0.0] * len(ids)
+        return True
 
 
 def hold_episodes(episodes, dataset, items, rewards, run, args, step):
@@ -205,7 +216,7 @@ def main(argv=None):
         run.say(dataset.report)
         training, held_out = validation_sets(args, dataset, build)
         rewards = Rewards(args, tokenizer, run)
-        stream = SingleStream(training.prompts) if args.loss_type == "spo" else None
+        stream = SingleStream(training.prompts, args.num_prompts) if args.loss_type == "spo" else None
         data = fingerprint(data=training.fingerprint, start=run.ranks.from_first(lambda: network_sha256(model)))
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, saved, tokenizer, optimizer, data, extra=stream)
@@ -214,6 +225,7 @@ def main(argv=None):
                 f"{args.num_generations} episodes on {run}; {run.memory_advice(model)}")
         net = run.wrap(model, optimizer)
         episodes = Episodes(Rollout(model, tokenizer, run, args), tokenizer, args)
+        episodes.check([training, *held_out.values()])
 
         def evaluate(index):
             return held_out_episodes(episodes, held_out, rewards, run)
@@ -248,8 +260,9 @@ def main(argv=None):
                 else:
                     loss, kl, moved, entropy, clipped = torch.stack(updates).mean(0).tolist() if updates else [0.0] * 5
                     figures = {"kl/reference": kl} if reference else {}
-                    figures |= {"kl/update": moved, "entropy": entropy, "clip_share": clipped,
-                                "degenerate_share": 1 - len(samples) / len(everything)}
+                    figures |= {"kl/update": moved, "entropy": entropy, "clip_share": clipped}
+                    figures |= ({"value/mean": stream.tracker.values().mean().item()} if stream else
+                                {"degenerate_share": 1 - len(samples) / len(everything)})
                     transcripts.write(loop.done + 1, everything)
                     loop.advance(loss, args.update_epochs * token_counts(samples, range(len(samples)))[0], trained,
                                  **figures_of(everything), **figures)
