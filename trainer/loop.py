@@ -32,7 +32,7 @@ class Loop:
         self.done, targets = checkpoint.restore()
         self.must_evaluate = evaluate_first and self.done == 0
         self.steps, self.stopped = Steps(batches, self.done, args.num_workers, run.device), False
-        self.grad_norm = 0.0  # of the newest update, before clipping
+        self.grad_norm = 0.0  # of the step's newest update, before clipping; 0 if it has none
         self.record = RunRecord(folder, args, run, model, self.steps, self.done, targets, len(batches),
                                 data_fingerprint=fingerprint, arithmetic=checkpoint.arithmetic, shape=model.config.to_dict())
         self.contexts = ExitStack()
@@ -57,7 +57,7 @@ class Loop:
             share = self.run.guard.learning_rate_share  # lower once the run had to go back
             self.learning_rate = learning_rate_at(step, len(self.batches), self.args) * share
             set_learning_rate(self.optimizer, self.learning_rate)
-            self.done = step
+            self.done, self.grad_norm = step, 0.0
             yield micro_batches
             if self.stopped:
                 return

@@ -74,6 +74,9 @@ class PolicyArgs(TrainArgs):
         if "kl_kind" in self.given and not self.kl_weight:
             raise ValueError("--kl_kind has an effect with --kl_weight only: leave it out, or give a weight")
         reward_weights(self)
+        if self.inspect:
+            raise ValueError("--inspect shows what a row trains on, and here that is first sampled: leave it out, and look into "
+                             "transcripts.jsonl in the run's folder")
         if self.deepspeed:
             raise ValueError("--deepspeed is not for reinforcement learning here, where each rank also writes answers with the "
                              "whole network: leave it out; torchrun averages the gradients of several GPUs")
@@ -169,17 +172,25 @@ class Transcripts:
     """transcripts.jsonl in a run's folder: what was answered, for the eye. Lines of steps after `done` are not this run's."""
 
     def __init__(self, folder, args, run, done):
-        self.path, self.args = Path(folder) / "transcripts.jsonl", args
+        self.path, self.args, self.last = Path(folder) / "transcripts.jsonl", args, done
         self.is_on = run.ranks.is_first and args.num_transcripts > 0
-        if run.ranks.is_first and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if run.ranks.is_first:
+            self.keep_lines(done)
+
+    def keep_lines(self, done):
+        """Drop the lines of steps after `done`, and one that is half written."""
+        if self.path.exists():
             with writing(self.path, GO_ON):
-                self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
+                lines = self.path.read_bytes().split(b"\n")[:-1]  # an answer may hold what else ends a line for Python
+                self.path.write_bytes(b"".join(line + b"\n" for line in lines if json.loads(line)["step"] <= done))
 
     def write(self, step, samples):
         """Add some of a step's samples, from the worst to the best by their reward, every --log_interval steps."""
         if not self.is_on or not samples or step % self.args.log_interval:
             return
+        if step <= self.last:  # the run has gone back
+            self.keep_lines(step - 1)
+        self.last = step
         ordered = sorted(samples, key=lambda sample: sample.rewards["total"])
         with writing(self.path, GO_ON), open(self.path, "a", encoding="utf-8") as file:
             for i in np.unique(np.linspace(0, len(ordered) - 1, self.args.num_transcripts).round().astype(int)):
