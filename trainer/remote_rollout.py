@@ -8,8 +8,8 @@ again. New weights go over a folder that both machines see, as a checkpoint that
     SGLang   POST /update_weights_from_disk, which also empties the cache
 
 What could go wrong without a word is tested after each load: an answer of the server is scored by the network itself. Other
-weights, another tokenizer, or log-probabilities before the temperature (vLLM without --logprobs-mode processed_logprobs,
-SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB) are a ValueError.
+weights, or log-probabilities before the temperature (vLLM without --logprobs-mode processed_logprobs, SGLang with
+SGLANG_RETURN_ORIGINAL_LOGPROB), are a ValueError.
 
 A seed gives the same answer again from vLLM, and from SGLang with --enable-deterministic-inference; otherwise SGLang draws as it
 likes. Their random numbers are not ours: the same seed draws another answer here than there.
@@ -92,6 +92,15 @@ class SGLang:
 BACKENDS = {"vllm": VLLM, "sglang": SGLang}
 
 
+@torch.no_grad()
+def shake(network):
+    """Change each weight by about half of itself; returns the network."""
+    random = torch.Generator().manual_seed(0)
+    for x in network.parameters():
+        x.mul_(1 + 0.5 * torch.randn(x.shape, generator=random).to(x.device))
+    return network
+
+
 class RemoteRollout:
     """Answers from the server at --rollout_url, whose weights are at most --max_staleness updates old.
 
@@ -106,7 +115,7 @@ class RemoteRollout:
         self.is_adapter, self.max_len = isinstance(saved, AdapterOnly), args.max_seq_len
         self.backend, self.url = BACKENDS[args.rollout_backend], args.rollout_url.rstrip("/")
         self.dir, self.max_staleness = Path(args.rollout_dir).resolve(), args.max_staleness
-        self.age, self.folder = math.inf, self.dir / "policy-000001"  # nobody knows what the server has
+        self.age, self.is_proven, self.folder = math.inf, False, self.dir  # nobody knows what the server has
         self.pieces, ends = token_bytes(tokenizer), model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, tokenizer.pad_token_id}
         self.ends = sorted(ends - {None})  # as the engine has them
@@ -141,26 +150,43 @@ class RemoteRollout:
     # ---- weights
 
     def push(self):
-        """Write the weights to a new folder, let the server load them, and compare; returns the folder."""
+        """Write the weights to a new folder and let the server load them; returns the folder.
+
+        The first time other weights go there in between, much changed: what the server keeps of old ones is seen then, not
+        when training has come far.
+        """
         there = sorted(self.dir.glob("policy-[0-9]*"))
         self.folder = self.dir / f"policy-{1 + int(there[-1].name.split('-')[1]) if there else 1:06d}"
-        network = fold_adapters(copy.deepcopy(self.model)) if self.is_adapter else self.model
-        with writing(self.folder):
-            network.save_pretrained(self.folder)
-            self.tokenizer.save_pretrained(self.folder)
-        self.backend.load(self.post, str(self.folder))
-        self.compare()
+        network = copy.deepcopy(self.model)
+        if self.is_adapter:
+            fold_adapters(network)
+        network.config.tie_word_embeddings = False  # vLLM on a CPU keeps the old head of a network that it knows as tied
+        self.write(network, self.folder)
+        self.load(network, self.folder)
+        if not self.is_proven:
+            shaken, folder = shake(copy.deepcopy(network)), self.dir / "shaken"
+            self.write(shaken, folder)
+            self.load(shaken, folder)
+            self.load(network, self.folder)
+            there, self.is_proven = [*there, folder], True
         for old in there:
             shutil.rmtree(old, ignore_errors=True)
         return self.folder
 
-    def compare(self):
-        """ValueError unless the server finds its own answer as likely as the network does."""
+    def write(self, network, folder):
+        """A checkpoint folder of an untied network, with the tokenizer: the server can be started on it."""
+        state = network.state_dict()
+        with writing(folder):
+            network.save_pretrained(folder, state_dict=state | {"lm_head.weight": state["lm_head.weight"].clone()})
+            self.tokenizer.save_pretrained(folder)
+
+    def load(self, network, folder):
+        """Let the server load a folder. ValueError unless it then finds its own answer as likely as `network` does."""
+        self.backend.load(self.post, str(folder))
         prompt = self.tokenizer(PROBE).input_ids
         tokens, theirs = self.ask(prompt, 0, min(PROBE_TOKENS, self.max_len - len(prompt)), self.temperature, [])
-        ids = torch.tensor([prompt + tokens], device=self.model.device)
-        with evaluating(self.model):
-            logits = self.model(ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+        with evaluating(network):
+            logits = network(torch.tensor([prompt + tokens], device=network.device)).logits[0, len(prompt) - 1 : -1].float().cpu()
         theirs, tokens = torch.tensor(theirs), torch.tensor(tokens)[:, None]
 
         def distance(temperature):
@@ -172,9 +198,9 @@ class RemoteRollout:
                                             "which it samples. vLLM wants --logprobs-mode processed_logprobs, SGLang no "
                                             "SGLANG_RETURN_ORIGINAL_LOGPROB; or train with --temperature 1"))
         if not off <= TOLERANCE:
-            raise ValueError(self.explained("", f"has loaded {self.folder}, yet differs from the network by {off:.2f} nats per "
-                                            "token: it computes with other weights, in another way, or samples from something "
-                                            "else"))
+            raise ValueError(self.explained("", f"has loaded {folder}, yet differs from the network by {off:.2f} nats per token: "
+                                            "it has kept some of its old weights, computes in another way, or samples from "
+                                            "something else"))
 
     # ---- requests
 
@@ -214,5 +240,5 @@ class RemoteRollout:
 
     def explained(self, path, problem):
         """An error's message, with how the server is to be started."""
-        return (f"the rollout server {self.url}{path} {problem}. Is --rollout_url right, does the server see --rollout_dir, and "
-                f"was it started with this network? {self.backend.start.format(folder=self.folder)}")
+        return (f"the rollout server {self.url}{path} {problem}. Check --rollout_url, and that both machines see --rollout_dir; "
+                f"start the server with: {self.backend.start.format(folder=self.folder)}")

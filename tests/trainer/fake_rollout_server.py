@@ -15,12 +15,13 @@ class FakeServer:
     """A server on a free port of 127.0.0.1, started with the weights of `folder`; a context manager.
 
     paths: what was asked for. failures: so many of the next requests get a 500. is_deaf: a load is confirmed, but not done.
+    keeps_head: but for the last layer.
     is_raw: log-probabilities are those of temperature 1. offset: is added to each token.
     """
 
     def __init__(self, folder):
         self.paths, self.loaded, self.lock = [], [], threading.Lock()
-        self.failures, self.is_deaf, self.is_raw, self.offset = 0, False, False, 0
+        self.failures, self.is_deaf, self.keeps_head, self.is_raw, self.offset = 0, False, False, False, 0
         self.load(folder)
         fake = self
 
@@ -54,6 +55,8 @@ class FakeServer:
         model = MiniMindForCausalLM.from_pretrained(folder)
         if self.loaded and model.config.vocab_size != self.engine.model.config.vocab_size:
             raise ValueError("the embedding has another size")
+        if self.keeps_head:
+            model.lm_head.weight = self.engine.model.lm_head.weight
         self.engine = Engine(model, AutoTokenizer.from_pretrained(folder), max_len=64)
         self.loaded.append(str(folder))
 

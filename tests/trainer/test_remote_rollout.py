@@ -83,7 +83,8 @@ def test_after_an_update_the_server_has_the_new_weights(made, server, tmp_path, 
     assert [one.tokens for one in remote(PROMPTS, SEEDS, 8)] == [one.tokens for one in before]
     remote.refresh()
     assert_same(remote, Rollout(model, *rest))
-    assert server.loaded[1:] == [str(tmp_path / "shared" / f"policy-00000{n}") for n in (1, 2)]
+    names = ["policy-000001", "shaken", "policy-000001", "policy-000002"]  # the first is followed by a test
+    assert server.loaded[1:] == [str(tmp_path / "shared" / name) for name in names]
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["policy-000002"]  # the last stays
     if backend == "vllm":
         assert server.paths[server.paths.index("/collective_rpc") + 1] == "/reset_prefix_cache"
@@ -96,7 +97,7 @@ def test_the_weights_are_at_most_so_many_updates_old(made, server):
         before = len(server.loaded)
         remote.refresh()
         pushed.append(len(server.loaded) - before)
-    assert pushed == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert pushed == [3, 0, 0, 1, 0, 0, 1, 0]  # with the first's test
 
 
 def test_an_adapter_goes_there_merged(made, folder, server):
@@ -132,7 +133,7 @@ def test_ranks_push_once_and_ask_for_themselves(made, server):
     other.start()
     first.refresh()
     other.join()
-    assert len(server.loaded) == 2 and first.folder == second.folder
+    assert len(server.loaded) == 4 and first.folder == second.folder
     assert second(PROMPTS[:1], [1], 8)[0].tokens == first(PROMPTS[:1], [1], 8)[0].tokens
 
 
@@ -162,9 +163,17 @@ def test_what_is_wrong_is_said(made, server, tmp_path):
         remote.refresh()
 
 
+def test_a_part_that_stays_old_is_seen_at_once(made, server, folder):
+    server.load(folder)  # what the server is started with is what training begins with
+    server.keeps_head = True
+    remote, *_ = made()
+    with pytest.raises(ValueError, match=r"has loaded .*shaken, yet differs .*some of its old weights.*serve .*policy-000001 "):
+        remote.refresh()
+
+
 def test_a_server_of_another_vocabulary_cannot_load(made, tmp_path):
     with FakeServer(write_network(tmp_path / "wide", 0, hidden_size=32, num_hidden_layers=2, vocab_size=6464)) as wide:
-        with pytest.raises(ConnectionError, match=r"the embedding has another size.*was it started with this network"):
+        with pytest.raises(ConnectionError, match=r"the embedding has another size.*start the server with: python -m sglang"):
             made("sglang", rollout_url=wide.url)[0].refresh()
 
 
