@@ -149,7 +149,10 @@ def main(argv=None):
     args = parse_args(BenchArgs, argv)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    model, tokenizer = load_model(TrainArgs(preset=args.preset, from_weight=args.weight or "none", seed=0), device)
+    torch.manual_seed(0)
+    settings = TrainArgs(preset=args.preset, from_weight=args.weight or "none")
+    settings.given = set()
+    model, tokenizer = load_model(settings, device)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()

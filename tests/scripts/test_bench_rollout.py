@@ -59,6 +59,13 @@ def test_the_figures_hang_together(tmp_path, capsys):
     assert len([line for line in capsys.readouterr().out.splitlines() if line.endswith("x")]) == 4
 
 
+def test_a_checkpoint_is_measured(sides, tmp_path, capsys):
+    bench_rollout.main(["--weight", str(tmp_path), "--batch_sizes", "2", "--prompt_len", "10", "--new_tokens", "3", "--rounds", "1",
+                        "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert f"{tmp_path} on cpu" in out and len([line for line in out.splitlines() if line.endswith("x")]) == 2
+
+
 def test_a_shape_beside_a_checkpoint_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench_rollout.main(["--preset", "tiny", "--weight", "full_sft"])
