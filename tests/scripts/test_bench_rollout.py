@@ -60,8 +60,8 @@ def test_the_figures_hang_together(tmp_path, capsys):
 
 
 def test_a_checkpoint_is_measured(sides, tmp_path, capsys):
-    bench_rollout.main(["--weight", str(tmp_path), "--batch_sizes", "2", "--prompt_len", "10", "--new_tokens", "3", "--rounds", "1",
-                        "--device", "cpu"])
+    bench_rollout.main(["--weight", str(tmp_path), "--batch_sizes", "2", "--prompt_len", "10", "--new_tokens", "3",
+                        "--rounds", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert f"{tmp_path} on cpu" in out and len([line for line in out.splitlines() if line.endswith("x")]) == 2
 
