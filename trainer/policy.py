@@ -15,8 +15,9 @@ from trainer.arguments import TrainArgs, arg, check_not_negative, check_positive
 from trainer.metrics import writing
 from trainer.policy_losses import token_log_probs
 from trainer.record import GO_ON
+from trainer.remote_rollout import BACKENDS, RemoteRollout
 from trainer.rewards import reward_weights
-from trainer.rollout import answer_samples, draw_seed, share_of
+from trainer.rollout import Rollout, answer_samples, draw_seed, share_of
 from trainer.weights import ROOT, find_weight, load_model
 
 TOY = ROOT / "dataset" / "toy_mini"
@@ -45,6 +46,10 @@ class PolicyArgs(TrainArgs):
                        choices=["k2", "k3"])
     lora_rank: int = arg(0, "train low-rank adapters of this rank instead of all weights; 0: all weights")
     rollout_batch_size: int = arg(64, "answers that are written side by side")
+    rollout_url: str = arg("", "let a server write the answers, such as http://127.0.0.1:8000 (default: this process)")
+    rollout_backend: str = arg("vllm", "what runs there", choices=list(BACKENDS))
+    rollout_dir: str = arg("", "folder that both sides see, for this run's weights alone")
+    max_staleness: int = arg(0, "how many updates the server's weights may be behind; 0: they are handed over after each")
     num_transcripts: int = arg(4, "answers that are written to transcripts.jsonl with each logged step")
     learning_rate: float = arg(1e-4, "peak learning rate")
     weight_decay: float = arg(0.0, "decay of the matrices (norms have none)")
@@ -53,14 +58,22 @@ class PolicyArgs(TrainArgs):
     val_interval: int = arg(20, "steps between two validations; the last step always validates")
     log_interval: int = arg(1, "steps between two lines in metrics.jsonl")
 
-    FREE = tuple(name for name in (*TrainArgs.FREE, "rollout_batch_size", "num_transcripts") if name != "from_weight")
+    FREE = tuple(name for name in (*TrainArgs.FREE, "rollout_batch_size", "num_transcripts", "rollout_url", "rollout_dir")
+                 if name != "from_weight")
 
     def check(self):
         """TrainArgs.check; the ranges of these flags, and those that have no effect in reinforcement learning."""
         super().check()
         check_positive(self, "max_new_tokens", "num_prompts", "num_generations", "temperature", "num_minibatches",
                        "update_epochs", "rollout_batch_size")
-        check_not_negative(self, "kl_weight", "lora_rank", "overlong_buffer", "num_transcripts")
+        check_not_negative(self, "kl_weight", "lora_rank", "overlong_buffer", "num_transcripts", "max_staleness")
+        if self.rollout_url and not self.rollout_dir:
+            raise ValueError("--rollout_url needs --rollout_dir, a folder through which the server gets the weights: give one "
+                             "that both sides see")
+        unused = sorted({"rollout_backend", "rollout_dir", "max_staleness"} & self.given)
+        if unused and not self.rollout_url:
+            raise ValueError(f"--{unused[0]} without --rollout_url, where answers are written here: leave it out, or give the "
+                             "server's address")
         if self.max_new_tokens >= self.max_seq_len:
             raise ValueError(f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_seq_len "
                              f"{self.max_seq_len}: give a larger --max_seq_len, or fewer new tokens")
@@ -121,6 +134,11 @@ def prompt_dataset(args, run, tokenizer, stage="rl"):
 def prompt_steps(dataset, args):
     """The steps of a run."""
     return PromptSteps(len(dataset), args.num_prompts, args.seed, args.epochs, args.max_steps)
+
+
+def open_rollout(saved, model, tokenizer, run, args):
+    """What writes the answers: this process, or the server of --rollout_url."""
+    return RemoteRollout(saved, model, tokenizer, run, args) if args.rollout_url else Rollout(model, tokenizer, run, args)
 
 
 def sample_groups(rollout, dataset, items, rewards, run, args, step, attempt=0):
@@ -203,7 +221,7 @@ class Transcripts:
 def held_out_scores(rollout, held_out, rewards, run, args):
     """({"val_reward/part/name": mean over the likeliest answers to held-out prompts}, a sentence with an example)."""
     scores, sentences = {}, []
-    rollout.refresh()
+    rollout.refresh(now=True)
     for name, view in held_out.items():
         items = share_of(list(range(len(view))), run.ranks)
         samples = run.ranks.gather(rate(answer_samples(

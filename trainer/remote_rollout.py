@@ -123,10 +123,13 @@ class RemoteRollout:
                                    limits=httpx.Limits(max_connections=None))
         self.pool = ThreadPoolExecutor(args.rollout_batch_size)
 
-    def refresh(self):
-        """Note an update of the weights, and hand them to the server if its own would be too old; of all ranks together."""
+    def refresh(self, now=False):
+        """Note an update of the weights, and hand them to the server if its own would be too old; of all ranks together.
+
+        now: hand them over in any case.
+        """
         self.age += 1
-        if self.age > self.max_staleness:
+        if now or self.age > self.max_staleness:
             self.folder = self.run.ranks.from_first(self.push)
             self.age = 0
 

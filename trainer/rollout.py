@@ -63,8 +63,8 @@ class Rollout:
         self.engine = Engine(model, tokenizer, max_batch_size=args.rollout_batch_size, max_len=args.max_seq_len,
                              dtype=None if run.device.type == "cpu" else run.dtype, prefill_chunk=args.max_seq_len)
 
-    def refresh(self):
-        """Take over the weights as they are now."""
+    def refresh(self, now=True):
+        """Take over the weights as they are; `now` is for those that could put it off (remote_rollout.py)."""
         self.engine.refresh()
 
     def __call__(self, prompts, seeds, max_new_tokens, temperature=None):

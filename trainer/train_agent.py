@@ -44,6 +44,7 @@ from trainer.policy import (
     PolicyArgs,
     Transcripts,
     load_policy,
+    open_rollout,
     policy_outputs,
     prompt_dataset,
     prompt_steps,
@@ -53,7 +54,7 @@ from trainer.policy import (
 )
 from trainer.policy_losses import cispo_loss, clipped_loss, kl_estimate
 from trainer.rewards import Rewards, tools_of
-from trainer.rollout import Rollout, Sample, draw_seed, share_of
+from trainer.rollout import Sample, draw_seed, share_of
 from trainer.run import Run
 from trainer.value_tracker import SingleStream
 from trainer.weights import run_folder
@@ -174,7 +175,7 @@ def group_values(samples, args):
 def held_out_episodes(episodes, held_out, rewards, run):
     """({"val_reward/part/name": mean over the episodes of held-out questions, the likeliest replies}, a sentence)."""
     scores, sentences = {}, []
-    episodes.rollout.refresh()
+    episodes.rollout.refresh(now=True)
     for name, view in held_out.items():
         items = share_of(list(range(len(view))), run.ranks)
         samples = run.ranks.gather(rate(episodes(view, items, [0] * len(items), temperature=0), rewards))
@@ -224,7 +225,7 @@ def main(argv=None):
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(steps)} steps of {args.num_prompts} prompts x "
                 f"{args.num_generations} episodes on {run}; {run.memory_advice(model)}")
         net = run.wrap(model, optimizer)
-        episodes = Episodes(Rollout(model, tokenizer, run, args), tokenizer, args)
+        episodes = Episodes(open_rollout(saved, model, tokenizer, run, args), tokenizer, args)
         episodes.check([training, *held_out.values()])
 
         def evaluate(index):

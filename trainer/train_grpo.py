@@ -51,6 +51,7 @@ from trainer.policy import (
     Transcripts,
     held_out_scores,
     load_policy,
+    open_rollout,
     policy_outputs,
     prompt_dataset,
     prompt_steps,
@@ -60,7 +61,7 @@ from trainer.policy import (
 )
 from trainer.policy_losses import cispo_loss, clipped_loss, kl_estimate, sequence_log_ratio, token_weights
 from trainer.rewards import Rewards
-from trainer.rollout import Rollout, draw_seed
+from trainer.rollout import draw_seed
 from trainer.run import Run
 from trainer.weights import run_folder
 
@@ -170,7 +171,7 @@ def main(argv=None):
         steps = prompt_steps(training, args)
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(steps)} steps of {args.num_prompts} prompts x "
                 f"{args.num_generations} answers on {run}; {run.memory_advice(model)}")
-        net, rollout = run.wrap(model, optimizer), Rollout(model, tokenizer, run, args)
+        net, rollout = run.wrap(model, optimizer), open_rollout(saved, model, tokenizer, run, args)
 
         def evaluate(index):
             return held_out_scores(rollout, held_out, rewards, run, args)

@@ -45,6 +45,7 @@ from trainer.policy import (
     Transcripts,
     held_out_scores,
     load_policy,
+    open_rollout,
     prompt_dataset,
     prompt_steps,
     reference_log_probs,
@@ -53,7 +54,7 @@ from trainer.policy import (
 )
 from trainer.policy_losses import clipped_loss, kl_estimate, token_log_probs, value_loss
 from trainer.rewards import Rewards
-from trainer.rollout import Rollout, draw_seed
+from trainer.rollout import draw_seed
 from trainer.run import Run
 from trainer.weights import run_folder
 
@@ -185,7 +186,7 @@ def main(argv=None):
         steps = prompt_steps(training, args)
         run.say(f"{folder}: {policy.num_parameters() / 1e6:.1f}M parameters and as many in the critic, {len(steps)} steps of "
                 f"{args.num_prompts * args.num_generations} answers on {run}; {run.memory_advice(model)}")
-        net, rollout = run.wrap(model, optimizer), Rollout(policy, tokenizer, run, args)
+        net, rollout = run.wrap(model, optimizer), open_rollout(saved, policy, tokenizer, run, args)
 
         def evaluate(index):
             return held_out_scores(rollout, held_out, rewards, run, args)

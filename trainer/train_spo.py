@@ -41,6 +41,7 @@ from trainer.policy import (
     Transcripts,
     held_out_scores,
     load_policy,
+    open_rollout,
     policy_outputs,
     prompt_dataset,
     prompt_steps,
@@ -51,7 +52,7 @@ from trainer.policy import (
 )
 from trainer.policy_losses import clipped_loss, kl_estimate
 from trainer.rewards import Rewards
-from trainer.rollout import Rollout, answer_samples, draw_seed, share_of
+from trainer.rollout import answer_samples, draw_seed, share_of
 from trainer.run import Run
 from trainer.value_tracker import SingleStream
 from trainer.weights import run_folder
@@ -123,7 +124,7 @@ def main(argv=None):
         steps = prompt_steps(training, args)
         run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(steps)} steps of {args.num_prompts} answers "
                 f"on {run}; {run.memory_advice(model)}")
-        net, rollout = run.wrap(model, optimizer), Rollout(model, tokenizer, run, args)
+        net, rollout = run.wrap(model, optimizer), open_rollout(saved, model, tokenizer, run, args)
 
         def evaluate(index):
             return held_out_scores(rollout, held_out, rewards, run, args)
