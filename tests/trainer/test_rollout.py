@@ -1,5 +1,6 @@
 """Rollouts: log-probabilities of the very distribution sampled from, seeds per answer; samples as packed micro-batches."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from trainer.policy import policy_outputs
 from trainer.policy_losses import token_log_probs
 from trainer.rollout import Rollout, Sample, answer_samples, draw_seed, share_of
 
-ROWS = "".join('{"conversations": [{"role": "user", "content": "%s"}], "answer": "1"}\n' % text
+ROWS = "".join(json.dumps({"conversations": [{"role": "user", "content": text}], "answer": "1"}) + "\n"
                for text in ("one", "a longer question than that", "what", "and this?"))
 
 
@@ -55,7 +56,7 @@ def test_a_seed_decides_an_answer_whatever_stands_beside_it(world):
 
 
 def test_an_answer_ends_by_itself_or_is_cut(world):
-    model, tokenizer, args, run, dataset = world
+    model, tokenizer, args, _, _ = world
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 0
     cut = sampled(world, [0])[0]
