@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.trainer import test_stages
 from tests.trainer.prompt_rows import (
-    CLOCK,
     MOE,
     folder_of,
     log_probs_of,
@@ -22,9 +22,13 @@ from tests.trainer.prompt_rows import (
 )
 from tests.trainer.ranks import run_ranks
 from trainer import loop, train_spo
-from trainer.metrics import read_metrics
 from trainer.rollout import draw_seed
 from trainer.value_tracker import ValueTracker
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    monkeypatch.setattr("trainer.record.plot_curve", lambda folder: None)
 
 
 @pytest.fixture
@@ -38,8 +42,7 @@ def flags(tmp_path):
 
 def figures(save_dir):
     """The lines of metrics.jsonl without what depends on the clock: (of training, of validation)."""
-    rows = [{name: x for name, x in row.items() if name not in CLOCK}
-            for row in read_metrics(folder_of(save_dir) / "metrics.jsonl")]
+    rows = test_stages.figures(folder_of(save_dir))
     return [row for row in rows if "loss" in row], [row for row in rows if "val_reward/total/held_out" in row]
 
 

@@ -2,13 +2,21 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train_distillation import write_network
+from transformers import AutoModelForCausalLM
 
+from model.model_minimind import MiniMindForCausalLM
 from trainer.advantages import whiten
+from trainer.distributed import Ranks
+from trainer.experience import for_each_token
+from trainer.policy import policy_outputs
 from trainer.policy_losses import clipped_loss
-from trainer.value_tracker import ValueTracker
+from trainer.rollout import Sample
+from trainer.value_tracker import LastAnswers, SingleStream, ValueTracker
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -85,6 +93,18 @@ def test_rewards_that_are_no_shares_of_a_success(wrong):
     assert tracker.values().tolist() == [0.5, 0.5]
 
 
+def test_weights_that_sum_to_one_pay_one():
+    """0.05 + 0.55 + 0.3 + 0.1 is a little above as floats, and counts as a success, no more."""
+    total = 0.05 + 0.55 + 0.3 + 0.1
+    assert total > 1
+    one, two = ValueTracker(1), ValueTracker(1)
+    one.update([0], [total], [0.0])
+    two.update([0], [1.0], [0.0])
+    assert torch.equal(one.alpha, two.alpha) and torch.equal(one.beta, two.beta)
+    one.update([0], [-1e-9], [0.0])
+    assert one.beta > two.beta
+
+
 def uneven():
     tracker = ValueTracker(4)
     tracker.start([0, 1, 2, 3], torch.tensor([[1.0] * 30, [1.0, 0.0] * 15, [0.0] * 30, [1.0, 0.0, 0.0] * 10]))
@@ -114,8 +134,9 @@ def test_draws_depend_on_the_seed_alone():
     torch.rand(3)
     assert tracker.draw(8, 2 ** 62 + 3) == first != tracker.draw(8, 4)
     assert sorted(tracker.draw(50, 1)) == list(range(50)) and all(type(i) is int for i in first)
-    with pytest.raises(ValueError, match="--num_prompts"):
-        tracker.draw(51, 1)
+    with pytest.raises(ValueError, match="--num_prompts 51: a step asks different prompts, and there are 50"):
+        SingleStream([[1]] * 50, 51)
+    SingleStream([[1]] * 50, 50)
 
 
 def test_a_saved_tracker_goes_on_bit_for_bit(tmp_path):
@@ -165,3 +186,92 @@ def test_a_bandit_learns_with_one_answer_to_a_prompt():
         optimizer.step()
     assert logits.softmax(1)[torch.arange(6), best].min() > 0.95
     assert (tracker.values() - 0.95).abs().max() < 0.2
+
+
+# ---- the answers that it is forgotten by
+
+
+PROMPTS = [[5, 6, 7], [8, 9], [3, 4, 5, 6], [7, 7]]
+
+
+def answered(item, seed, reward=0.0):
+    """An episode of a prompt in which the environment wrote the third and the fourth token; rewards as of `rate`."""
+    torch.manual_seed(seed)
+    tokens = torch.randint(3, 6400, (6 + item,)).tolist()
+    is_sampled = [i not in (2, 3) for i in range(len(tokens))]
+    log_probs = [-float(torch.rand(1)) * 9 if sampled else 0.0 for sampled in is_sampled]
+    return Sample({"a": 1}, PROMPTS[item], tokens, is_sampled, log_probs, "text", [{"role": "user"}], True, item,
+                  {"total": reward})
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """(score of samples under a network, the folder of that network)."""
+    folder = write_network(tmp_path / "net", 0, hidden_size=32, num_hidden_layers=2)
+    model = MiniMindForCausalLM.from_pretrained(folder)
+    args = SimpleNamespace(max_seq_len=32, batch_size=2)
+    run = SimpleNamespace(device=torch.device("cpu"), ranks=Ranks(), autocast=torch.no_grad, to_device=lambda batch: batch)
+
+    def score(samples):
+        return for_each_token(lambda batch: policy_outputs(model, batch, 1, 0.7)[0], model, samples, run, args, 0)
+
+    return score, folder
+
+
+def test_divergences_are_those_of_plain_forwards(policy):
+    """Mean |log p then - log p now| over what the policy wrote; of the last answer alone, and 0 before there is one."""
+    score, folder = policy
+    last, network = LastAnswers(PROMPTS), AutoModelForCausalLM.from_pretrained(folder)
+    assert last.divergences([2, 0], lambda samples: pytest.fail("nothing to score")).tolist() == [0, 0]
+    last.remember([answered(0, 1), answered(3, 2), answered(1, 3)])
+    last.remember([answered(1, 4)])
+    expected = {2: 0.0}
+    for item, seed in ((0, 1), (3, 2), (1, 4)):
+        one = answered(item, seed)
+        logits = network(torch.tensor([one.prompt + one.tokens])).logits[0, len(one.prompt) - 1 : -1] / 0.7
+        now = logits.log_softmax(-1).gather(1, torch.tensor(one.tokens)[:, None])[:, 0].tolist()
+        moved = [abs(then - x) for then, x, sampled in zip(one.log_probs, now, one.is_sampled) if sampled]
+        expected[item] = sum(moved) / len(moved)
+    found = last.divergences([3, 1, 2, 0], score)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([expected[item] for item in (3, 1, 2, 0)], rel=1e-4)
+    assert min(expected[item] for item in (0, 1, 3)) > 1
+
+
+def test_saved_answers_come_back(policy, tmp_path):
+    """Also none, and into a stream that has others; nothing but tensors is saved."""
+    score, _ = policy
+    empty, last = LastAnswers(PROMPTS), LastAnswers(PROMPTS)
+    last.remember([answered(item, item) for item in (3, 0, 2)])
+    for name, one in (("empty", empty), ("three", last)):
+        torch.save(one.state_dict(), tmp_path / name)
+    again = LastAnswers(PROMPTS)
+    again.remember([answered(1, 9)])
+    again.load_state_dict(torch.load(tmp_path / "three", weights_only=True))
+    assert torch.equal(again.divergences([0, 1, 2, 3], score), last.divergences([0, 1, 2, 3], score))
+    assert sorted(again.samples) == [0, 2, 3] and again.samples[2].row == {} and again.samples[2].prompt == PROMPTS[2]
+    for item, one in again.samples.items():
+        other = answered(item, item)
+        assert (one.tokens, one.is_sampled, one.log_probs) == (other.tokens, other.is_sampled, other.log_probs)
+    again.load_state_dict(torch.load(tmp_path / "empty", weights_only=True))
+    assert again.samples == {}
+
+
+def test_advantages_are_measured_before_the_rewards_count(policy):
+    """A stream's two rounds by hand; the second forgets by how far the first round's answers have moved."""
+    score, _ = policy
+    stream = SingleStream(PROMPTS, 3)
+    stream.tracker.start([0, 1, 2, 3], torch.tensor([[1.0], [0.0], [1.0], [0.0]]))  # values 3/4 and 1/4 of 8 rewards
+    found = stream.advantages([answered(2, 1, 1.0), answered(1, 2, 1.0), answered(0, 3, 0.0)], score)
+    surplus = torch.tensor([0.25, 0.75, -0.75], **DOUBLE)
+    torch.testing.assert_close(found, (surplus - surplus.mean()) / (surplus.var() + 1e-8).sqrt())
+    values = [0.96 * 6 / 8.68, 2.92 / 8.68, 6.76 / 8.68, 0.25]
+    assert stream.tracker.values().tolist() == pytest.approx(values)
+    again = SingleStream(PROMPTS, 3)
+    again.load_state_dict(stream.state_dict())
+    for one in (stream, again):  # a sample that has moved by far more than the half-life
+        one.advantages([answered(2, 5, 0.0), answered(3, 6, 0.0)], score)
+        values[2:] = [0.875 * 6.76 / (0.875 * 8.68 + 1), 0.96 * 2 / 8.68]
+        assert one.tracker.values().tolist() == pytest.approx(values)
+        values[2:] = [6.76 / 8.68, 0.25]
+        assert one.last.samples[2].tokens == answered(2, 5).tokens
