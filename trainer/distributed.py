@@ -112,6 +112,10 @@ class Ranks:
     def close(self):
         """Leave the group."""
         if dist.is_initialized():
+            if dist.get_backend() == "gloo":
+                # a thread of gloo may still want the GIL, to let go of the last tensors; who frees the group holds the GIL and
+                # waits for that thread, so both would wait for ever. Here the GIL is free for it
+                dist.barrier()
             dist.destroy_process_group()
 
 
