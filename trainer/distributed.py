@@ -114,8 +114,8 @@ class Ranks:
         if dist.is_initialized():
             if dist.get_backend() == "gloo":
                 # a thread of gloo may still want the GIL, to let go of the last tensors; who frees the group holds the GIL and
-                # waits for that thread, so both would wait for ever. Here the GIL is free for it
-                dist.barrier()
+                # waits for that thread, so both would wait for ever: leave it the GIL for a moment
+                time.sleep(0.1)
             dist.destroy_process_group()
 
 
