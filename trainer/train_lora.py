@@ -11,12 +11,13 @@ step.
         dataset/toy_mini/sft_train.jsonl@0.1 --from_weight out/quickstart/full_sft_tiny --save_weight lora_identity
     python trainer/train_lora.py --data_path shop.jsonl --from_weight full_sft --rank 8 --target_modules q_proj v_proj --use_dora
 
-What to expect: new phrasings of the new questions are answered after a few hundred steps. With the new rows alone a small
-network loses most of what it could do before: mix in a share of the old rows, as above and as the default does, which lists the
-new file six times so that it is seen more often. Leave out old rows that contradict the new ones. The medical example of
-dataset/lora_examples.py is too far from the toy world for the toy network: give it one trained on real text. The run's folder,
-out/lora_<preset>, holds the adapter alone, in PEFT's format, a few percent of the network's size: try it with
-eval_llm.py --adapter, or make one network of the two with scripts/merge_lora.py.
+What to expect: new phrasings of the new questions are answered after a few hundred steps, with the defaults 94% of them, while
+the old skills keep 87.5 of 88.2% (scripts/ladder.py). With the new rows alone a small network loses most of what it could do
+before: mix in a share of the old rows, as above and as the default does, which lists the new file six times so that it is seen
+more often. Leave out old rows that contradict the new ones. The medical example of dataset/lora_examples.py is too far from the
+toy world for the toy network: give it one trained on real text. The run's folder, out/lora_<preset>, holds the adapter alone, in
+PEFT's format, a few percent of the network's size: try it with eval_llm.py --adapter, or make one network of the two with
+scripts/merge_lora.py.
 """
 
 import sys
