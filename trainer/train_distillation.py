@@ -21,8 +21,8 @@ rows, and train_full_sft.py learns from those (black-box or sequence-level disti
 
 What to expect: the student's held-out bits per byte, printed beside the teacher's, are below those of the same network
 trained on the same rows alone (train_full_sft.py), where those are few: by 14% in scripts/ladder.py, while the share of right
-answers does not change. With all rows of the toy world little is gained. Be careful with --temperature above 1: it lifts thousands of tokens
-that a sure teacher holds for impossible, and a small student then learns those before the answer.
+answers does not change. With all rows of the toy world little is gained. Be careful with --temperature above 1: it lifts
+thousands of tokens that a sure teacher holds for impossible, and a small student then learns those before the answer.
 """
 
 import hashlib

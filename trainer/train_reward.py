@@ -18,8 +18,8 @@ a whole answer.
 
 The first takes about a minute on a CPU, on the toy world, from the model of scripts/quickstart.py. What to expect: the loss
 begins near ln 2 = 0.693 and falls; the share of held-out pairs whose chosen answer gets the higher reward rises from one
-half, to 91% with the 6,000 pairs of scripts/ladder.py. The folder is a standard sequence classifier, which AutoModelForSequenceClassification loads; `score_conversations` in
-reward_scores.py asks it.
+half, to 91% with the 6,000 pairs of scripts/ladder.py. The folder is a standard sequence classifier, which
+AutoModelForSequenceClassification loads; `score_conversations` in reward_scores.py asks it.
 """
 
 import sys
