@@ -308,6 +308,7 @@ def test_other_prompts_are_drawn_in_place_of_groups_without_spread(flags, tmp_pa
     train_grpo.main(flags(**options, save_weight="never"))
     (first, *more), never = rollouts[:-1], rollouts[-1]
     assert [one.tokens for one in never] == [one.tokens for one in first] and len(more) > 0
+    assert {one.item for rollout in more for one in rollout} - {one.item for one in first}
     missing = 8
     for rollout in (first, *more):
         groups = [rollout[i : i + 4] for i in range(0, len(rollout), 4)]
@@ -330,9 +331,9 @@ def test_transcripts_and_held_out_figures_are_of_what_was_answered(flags, tmp_pa
         sample = next(one for one in rollouts[row["step"] - 1] if one.text == row["text"] and one.item == row["item"])
         assert row["rewards"]["total"] == pytest.approx(worth(sample.row, row["text"]))
         assert row["messages"] == [*sample.row["conversations"], {"role": "assistant", "content": row["text"]}]
-    totals = [row["rewards"]["total"] for row in rows[:3]]
-    everything = sorted(one.rewards["total"] for one in rollouts[1])
-    assert totals == sorted(totals) and (totals[0], totals[2]) == (everything[0], everything[-1])
+    for step, found in ((2, rows[:3]), (4, rows[3:])):  # the worst, one in between, the best
+        totals, everything = [row["rewards"]["total"] for row in found], [one.rewards["total"] for one in rollouts[step - 1]]
+        assert (totals[0], totals[2]) == (min(everything), max(everything)) and totals[0] < totals[1] < totals[2]
     train_grpo.main(flags(max_steps=1, num_transcripts=0, save_weight="none"))
     assert not (tmp_path / "out" / "none_32x2" / "transcripts.jsonl").exists()
 
