@@ -177,6 +177,10 @@ class TrainArgs:
             "gradient_checkpointing", "deepspeed", "deterministic", "keep", "max_bad_steps", "use_wandb", "tracker",
             "wandb_project", "wandb_run_name", "local_rank")
 
+    def rows_per_step(self, world_size):
+        """What a step has of what a run is cut into: the same when the run is gone on with, however it is shared then."""
+        return self.batch_size * self.accumulation_steps * world_size
+
     def check(self):
         """ValueError for values out of range and for flags that contradict each other."""
         check_positive(self, "max_seq_len", "epochs", "batch_size", "accumulation_steps", "val_interval", "log_interval",

@@ -47,7 +47,7 @@ class Checkpoint:
         self.model, self.tokenizer, self.optimizer, self.extra = model, tokenizer, optimizer, extra
         self.arithmetic = f"{run.dtype} on {run.device.type}".removeprefix("torch.")
         self.writer, self.failure = None, None
-        self.rows_per_step = args.batch_size * args.accumulation_steps * run.ranks.world_size
+        self.rows_per_step = args.rows_per_step(run.ranks.world_size)
         self.is_resumed = False  # whether the checkpoints in the folder are this run's
         self.must_replace = args.overwrite  # what is in the folder, once
         self.is_restarted = args.from_resume and run.ranks.has_begun(self.folder)

@@ -61,6 +61,10 @@ class PolicyArgs(TrainArgs):
     FREE = tuple(name for name in (*TrainArgs.FREE, "rollout_batch_size", "num_transcripts", "rollout_url", "rollout_dir")
                  if name != "from_weight")
 
+    def rows_per_step(self, world_size):
+        """Answers: how they are cut into micro-batches, or shared among ranks, changes nothing."""
+        return self.num_prompts * self.num_generations
+
     def check(self):
         """TrainArgs.check; the ranges of these flags, and those that have no effect in reinforcement learning."""
         super().check()
@@ -86,6 +90,8 @@ class PolicyArgs(TrainArgs):
             raise ValueError("--from_weight none: a network that has learned nothing finds no reward; name one that answers")
         if "kl_kind" in self.given and not self.kl_weight:
             raise ValueError("--kl_kind has an effect with --kl_weight only: leave it out, or give a weight")
+        if unused := sorted({"num_proc", "cache_dir"} & self.given):
+            raise ValueError(f"--{unused[0]}: prompts are few, and turned into tokens at the start of each run: leave it out")
         reward_weights(self)
         if self.inspect:
             raise ValueError("--inspect shows what a row trains on, and here that is first sampled: leave it out, and look into "

@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from dataset.token_cache import fingerprint
+from model.model_lora import fold_adapters
 from model.native_format import network_sha256
 from trainer.advantages import explained_variance, gae, whiten
 from trainer.arguments import arg, check_not_negative, check_positive, check_share, command, parse_args
@@ -88,7 +89,7 @@ class Critic(nn.Module):
 
     def __init__(self, policy):
         super().__init__()
-        self.model = copy.deepcopy(policy.model).requires_grad_(True)
+        self.model = fold_adapters(copy.deepcopy(policy.model)).requires_grad_(True)  # adapters are the policy's alone
         self.value = nn.Linear(policy.config.hidden_size, 1).to(policy.device)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
