@@ -126,15 +126,15 @@ def test_both_languages_and_what_was_chosen_stays(browser, demo):
     page.get_by_text("中文").click()
     page.get_by_text("从零训练的、属于你自己的语言模型。").wait_for()
     for text in ("模型", "思考", "工具", "系统提示词", "新对话", "试试这些问题", "并排比较"):
-        assert page.get_by_text(text, exact=True).first.is_visible(), text
-    assert page.get_by_text("lora_a · 适配器").first.is_visible()
+        page.get_by_text(text, exact=True).first.wait_for()  # until it is visible, which may take a moment
+    page.get_by_text("lora_a · 适配器").first.wait_for()
     page.get_by_role("link", name="训练曲线").click()
     page.get_by_text("训练损失（奈特/词元）").first.wait_for()
     page.get_by_role("link", name="对话").click()
     page.get_by_text("lora_a · 适配器").first.wait_for()
     page.get_by_text("English").click()
     page.get_by_text("Try one of these").wait_for()
-    assert open_page(browser, demo, language="zh").get_by_text("试试这些问题").is_visible()
+    open_page(browser, demo, language="zh").get_by_text("试试这些问题").wait_for()
 
 
 def test_two_checkpoints_side_by_side(browser, demo):
