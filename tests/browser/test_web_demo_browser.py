@@ -117,6 +117,8 @@ def test_an_answer_goes_on_while_another_page_is_looked_at(browser, scripted):
     page.get_by_text("5 6 7 8 9 10").wait_for(timeout=30_000)
     page.get_by_role("button", name="Stop").last.click()
     page.get_by_role("button", name="Regenerate").wait_for()
+    answer = page.locator("[data-testid=stChatMessage]").last.inner_text()
+    assert "1 2 3 4 5 6 7 8 9 10" in answer and "stopped" in answer
 
 
 def test_both_languages_and_what_was_chosen_stays(browser, demo):
@@ -126,7 +128,8 @@ def test_both_languages_and_what_was_chosen_stays(browser, demo):
     page.get_by_text("中文").click()
     page.get_by_text("从零训练的、属于你自己的语言模型。").wait_for()
     for text in ("模型", "思考", "工具", "系统提示词", "新对话", "试试这些问题", "并排比较"):
-        page.get_by_text(text, exact=True).first.wait_for()  # until it is visible, which may take a moment
+        page.get_by_text(text, exact=True).first.wait_for()  # which may take a moment
+        assert page.get_by_text(text, exact=True).first.is_visible(), text
     page.get_by_text("lora_a · 适配器").first.wait_for()
     page.get_by_role("link", name="训练曲线").click()
     page.get_by_text("训练损失（奈特/词元）").first.wait_for()
@@ -134,7 +137,9 @@ def test_both_languages_and_what_was_chosen_stays(browser, demo):
     page.get_by_text("lora_a · 适配器").first.wait_for()
     page.get_by_text("English").click()
     page.get_by_text("Try one of these").wait_for()
-    open_page(browser, demo, language="zh").get_by_text("试试这些问题").wait_for()
+    again = open_page(browser, demo, language="zh")
+    again.get_by_text("试试这些问题").wait_for()
+    assert not again.get_by_text("Try one of these").is_visible()
 
 
 def test_two_checkpoints_side_by_side(browser, demo):
