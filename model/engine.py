@@ -68,6 +68,12 @@ class Output:
     finish_reason: str | None = None
 
 
+def end_ids(model, tokenizer):
+    """Ids of the tokens that end an answer: a set."""
+    ends = model.generation_config.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+
+
 class Slot:
     """A place in the cache: what it holds is its owner's, or was left there by the last one."""
 
@@ -114,9 +120,7 @@ class Engine:
             raise ValueError("cuda_graphs: a mixture of experts is one kernel in bfloat16 only; choose that, or leave it out")
         self.decoder_class = RecordedDecoder if cuda_graphs else Decoder
         self.pieces = token_bytes(tokenizer)
-        ends = model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, tokenizer.pad_token_id}
-        self.end_ids = ends - {None}
+        self.end_ids = end_ids(model, tokenizer)
         self.slots = [Slot() for _ in range(max_batch_size)]
         self.waiting, self.running, self.prefilling = deque(), [], None
         self.steps = 0

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset.packing import IGNORE, collate, cut, pack
+from trainer.rollout import draw_seed
 from trainer.run import evaluating
 
 
@@ -66,6 +67,18 @@ def for_each_token(score, model, samples, run, args, pad_id):
     return [found.get(i, torch.empty(0)) for i in range(len(samples))]
 
 
-def token_counts(samples, numbers):
-    """(sampled tokens of these samples, how many samples)."""
-    return sum(samples[i].num_sampled for i in numbers), len(numbers)
+def updates_of(samples, columns, run, args, pad_id, step):
+    """Yield (this rank's micro-batches, sampled tokens, samples) of each of a step's updates, the counts over all ranks.
+
+    Every one of --update_epochs has all samples, in up to --num_minibatches updates, shuffled by (seed, step, epoch).
+    """
+    for epoch in range(args.update_epochs if samples else 0):
+        for part in minibatches(len(samples), args.num_minibatches, draw_seed(args.seed, step), epoch):
+            micro_batches = micro_batches_of(samples, part, columns, run, args, pad_id, draw_seed(step, epoch))
+            yield micro_batches, sum(samples[i].num_sampled for i in part), len(part)
+
+
+def columns_of(samples, advantages):
+    """What the losses need of every sampled token, where all tokens of a sample share its advantage."""
+    return {"old_log_probs": [one.old_log_probs for one in samples],
+            "advantages": [torch.full((one.num_sampled,), advantage) for one, advantage in zip(samples, advantages)]}

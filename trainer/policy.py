@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from dataset.prompt_dataset import PromptDataset, PromptSteps
+from dataset.token_cache import fingerprint
 from dataset.toy_world import write_world
 from model.model_lora import AdapterOnly, LoRASettings, add_adapter
+from model.native_format import network_sha256
 from trainer.arguments import TrainArgs, arg, check_not_negative, check_positive
+from trainer.evaluation import validation_sets
 from trainer.metrics import writing
 from trainer.policy_losses import token_log_probs
 from trainer.record import GO_ON
@@ -122,8 +125,11 @@ def load_policy(args, run):
     return model, AdapterOnly(model, settings, base), tokenizer, reference
 
 
-def prompt_dataset(args, run, tokenizer, stage="rl"):
-    """(builder of a PromptDataset from paths, that of --data_path or of the toy world's `stage`)."""
+def prompt_sets(args, run, model, tokenizer, stage="rl"):
+    """(training prompts, {name: held-out ones}, fingerprint of these and of the weights that training begins with).
+
+    Of --data_path, or of the toy world's `stage`.
+    """
     if not args.data_path:
         run.ranks.from_first(lambda: write_world("mini", TOY))
         args.data_path = [str(TOY / f"{stage}_train.jsonl")]
@@ -134,7 +140,11 @@ def prompt_dataset(args, run, tokenizer, stage="rl"):
         return PromptDataset(paths, tokenizer, args.max_seq_len - args.max_new_tokens, bad_rows=args.bad_rows,
                              enable_thinking=args.thinking)
 
-    return build, build(args.data_path)
+    dataset = build(args.data_path)
+    run.say(dataset.report)
+    training, held_out = validation_sets(args, dataset, build)
+    start = run.ranks.from_first(lambda: network_sha256(model))
+    return training, held_out, fingerprint(data=training.fingerprint, start=start)
 
 
 def prompt_steps(dataset, args):
@@ -183,6 +193,17 @@ def reference_log_probs(reference, batch, temperature):
         return policy_outputs(reference, batch, 1, temperature)[0]
 
 
+def token_sums(num_tokens, loss, *figures):
+    """[a micro-batch's part of the update's loss, its parts of the means of `figures` over the update's tokens], float64."""
+    return torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
+
+
+def reward_table(samples, num_generations):
+    """The totals of the samples, float64 [groups, G]."""
+    totals = torch.tensor([sample.rewards["total"] for sample in samples], dtype=torch.float64)
+    return totals.view(-1, num_generations)
+
+
 def sample_figures(samples):
     """{name: mean over the samples}: rewards by part, their spread, lengths, and the share that ended by itself."""
     lengths = [sample.num_sampled for sample in samples]
@@ -224,14 +245,19 @@ class Transcripts:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def held_out_scores(rollout, held_out, rewards, run, args):
-    """({"val_reward/part/name": mean over the likeliest answers to held-out prompts}, a sentence with an example)."""
-    scores, sentences = {}, []
+def held_out_scores(rollout, held_out, rewards, run, args, hold=None):
+    """({"val_reward/part/name": mean over the likeliest answers to held-out prompts}, a sentence with an example).
+
+    hold: (held-out view, numbers of its rows) -> Samples; default: of one reply each.
+    """
+    def one_reply(view, items):
+        return answer_samples(rollout, view, items, [0] * len(items), args.max_new_tokens, args.thinking, temperature=0)
+
+    scores, sentences, hold = {}, [], hold or one_reply
     rollout.refresh(now=True)
     for name, view in held_out.items():
         items = share_of(list(range(len(view))), run.ranks)
-        samples = run.ranks.gather(rate(answer_samples(
-            rollout, view, items, [0] * len(items), args.max_new_tokens, args.thinking, temperature=0), rewards))
+        samples = run.ranks.gather(rate(hold(view, items), rewards))
         means = {part: float(np.mean([sample.rewards[part] for sample in samples])) for part in samples[0].rewards}
         scores |= {f"val_reward/{part}/{name}": mean for part, mean in means.items()}
         sentences.append(f"{name}: " + ", ".join(f"{part} {mean:.3f}" for part, mean in means.items())

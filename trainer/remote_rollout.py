@@ -26,6 +26,7 @@ from pathlib import Path
 import httpx
 import torch
 
+from model.engine import end_ids
 from model.model_lora import AdapterOnly, fold_adapters
 from model.text_stream import TextStream, token_bytes
 from trainer.metrics import writing
@@ -116,9 +117,7 @@ class RemoteRollout:
         self.backend, self.url = BACKENDS[args.rollout_backend], args.rollout_url.rstrip("/")
         self.dir, self.max_staleness = Path(args.rollout_dir).resolve(), args.max_staleness
         self.age, self.is_proven, self.folder = math.inf, False, self.dir  # nobody knows what the server has
-        self.pieces, ends = token_bytes(tokenizer), model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, tokenizer.pad_token_id}
-        self.ends = sorted(ends - {None})  # as the engine has them
+        self.pieces, self.ends = token_bytes(tokenizer), sorted(end_ids(model, tokenizer))
         self.client = httpx.Client(timeout=httpx.Timeout(TIME_LIMIT, connect=10), trust_env=False,  # no proxy between the two
                                    limits=httpx.Limits(max_connections=None))
         self.pool = ThreadPoolExecutor(args.rollout_batch_size)

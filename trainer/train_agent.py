@@ -13,7 +13,7 @@ episode for each question (spo); all of an update's tokens count the same.
 
 Tools are Python functions (dataset/tools.py says how to write them), run with a time limit; the default are the toy world's. Rows
 are {"conversations": [system message with "tools", question], "gt": [values of the answer], "calls": [calls that are needed]}.
-What to expect: reward/tools, the share of the needed calls that were made, rises with reward/answer; turns/mean tends to what the
+What to look at: reward/tools, the share of the needed calls that were made, beside reward/answer; turns/mean beside what the
 questions need.
 """
 
@@ -28,29 +28,29 @@ import numpy as np
 import torch
 
 from dataset.chat_format import encode_conversation, encode_prompt
-from dataset.token_cache import fingerprint
 from dataset.tools import ToolBox, load_tools
 from dataset.toy_scorer import assistant_message
 from dataset.toy_tools import TOY_TOOLS
-from model.native_format import network_sha256
 from trainer.advantages import group_advantages, has_spread
 from trainer.arguments import arg, check_positive, command, parse_args
 from trainer.checkpoint import Checkpoint
-from trainer.evaluation import validation_sets
-from trainer.experience import for_each_token, micro_batches_of, minibatches, token_counts
+from trainer.experience import columns_of, for_each_token, updates_of
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
 from trainer.policy import (
     PolicyArgs,
     Transcripts,
+    held_out_scores,
     load_policy,
     open_rollout,
     policy_outputs,
-    prompt_dataset,
+    prompt_sets,
     prompt_steps,
     rate,
     reference_log_probs,
+    reward_table,
     sample_figures,
+    token_sums,
 )
 from trainer.policy_losses import cispo_loss, clipped_loss, kl_estimate
 from trainer.rewards import Rewards, tools_of
@@ -166,23 +166,10 @@ def figures_of(samples):
 
 def group_values(samples, args):
     """(the samples of groups whose rewards differ, which alone say something; an advantage for each)."""
-    table = torch.tensor([sample.rewards["total"] for sample in samples], dtype=torch.float64).view(-1, args.num_generations)
+    table = reward_table(samples, args.num_generations)
     kept = has_spread(table)
     numbers = kept.repeat_interleave(args.num_generations).nonzero()[:, 0].tolist()
     return [samples[i] for i in numbers], group_advantages(table[kept], "group").flatten().tolist()
-
-
-def held_out_episodes(episodes, held_out, rewards, run):
-    """({"val_reward/part/name": mean over the episodes of held-out questions, the likeliest replies}, a sentence)."""
-    scores, sentences = {}, []
-    episodes.rollout.refresh(now=True)
-    for name, view in held_out.items():
-        items = share_of(list(range(len(view))), run.ranks)
-        samples = run.ranks.gather(rate(episodes(view, items, [0] * len(items), temperature=0), rewards))
-        means = {part: float(np.mean([sample.rewards[part] for sample in samples])) for part in samples[0].rewards}
-        scores |= {f"val_reward/{part}/{name}": mean for part, mean in means.items()}
-        sentences.append(f"{name}: " + ", ".join(f"{part} {mean:.3f}" for part, mean in means.items()))
-    return scores, "\n".join(sentences)
 
 
 def update(net, reference, micro_batches, num_tokens, run, args):
@@ -203,8 +190,7 @@ def update(net, reference, micro_batches, num_tokens, run, args):
             loss = (losses + args.kl_weight * kl).sum() / num_tokens + balance_loss
             run.backward(loss)
         moved = kl_estimate(batch["old_log_probs"], log_probs.detach(), "k3")  # the tokens are the old policy's
-        figures = (kl, moved, entropies, is_clipped)
-        sums += torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
+        sums += token_sums(num_tokens, loss, kl, moved, entropies, is_clipped)
     return run.ranks.sum_tensor(sums)
 
 
@@ -213,12 +199,9 @@ def main(argv=None):
     with Run(args) as run:
         model, saved, tokenizer, reference = load_policy(args, run)
         folder, pad_id = run_folder(args, model.config, run.ranks), tokenizer.pad_token_id
-        build, dataset = prompt_dataset(args, run, tokenizer, "agent")
-        run.say(dataset.report)
-        training, held_out = validation_sets(args, dataset, build)
+        training, held_out, data = prompt_sets(args, run, model, tokenizer, "agent")
         rewards = Rewards(args, tokenizer, run)
         stream = SingleStream(training.prompts, args.num_prompts) if args.loss_type == "spo" else None
-        data = fingerprint(data=training.fingerprint, start=run.ranks.from_first(lambda: network_sha256(model)))
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, saved, tokenizer, optimizer, data, extra=stream)
         steps = prompt_steps(training, args)
@@ -229,7 +212,8 @@ def main(argv=None):
         episodes.check([training, *held_out.values()])
 
         def evaluate(index):
-            return held_out_episodes(episodes, held_out, rewards, run)
+            return held_out_scores(episodes.rollout, held_out, rewards, run, args, lambda view, items: episodes(
+                view, items, [0] * len(items), temperature=0))
 
         def score(samples):
             return for_each_token(lambda batch: policy_outputs(model, batch, 1, args.temperature)[0], model, samples, run, args,
@@ -247,15 +231,11 @@ def main(argv=None):
                     samples, advantages = everything, stream.advantages(everything, score).tolist()
                 else:
                     samples, advantages = group_values(everything, args)
-                columns = {"old_log_probs": [one.old_log_probs for one in samples],
-                           "advantages": [torch.full((one.num_sampled,), a) for one, a in zip(samples, advantages)]}
-                parts = [(epoch, part) for epoch in range(args.update_epochs if samples else 0) for part in minibatches(
-                    len(samples), args.num_minibatches, draw_seed(args.seed, loop.done), epoch)]
-                updates, trained = [], []
-                for epoch, part in parts:
-                    micro_batches = micro_batches_of(samples, part, columns, run, args, pad_id, draw_seed(loop.done, epoch))
-                    updates.append(update(net, reference, micro_batches, token_counts(samples, part)[0], run, args))
-                    trained += micro_batches
+                columns = columns_of(samples, advantages)
+                updates, trained, num_trained = [], [], 0
+                for micro_batches, num_tokens, _ in updates_of(samples, columns, run, args, pad_id, loop.done):
+                    updates.append(update(net, reference, micro_batches, num_tokens, run, args))
+                    trained, num_trained = trained + micro_batches, num_trained + num_tokens
                     if not loop.apply(updates[-1][0].item(), micro_batches):
                         break  # the run has gone back to its last checkpoint
                 else:
@@ -265,8 +245,7 @@ def main(argv=None):
                     figures |= ({"value/mean": stream.tracker.values().mean().item()} if stream else
                                 {"degenerate_share": 1 - len(samples) / len(everything)})
                     transcripts.write(loop.done + 1, everything)
-                    loop.advance(loss, args.update_epochs * token_counts(samples, range(len(samples)))[0], trained,
-                                 **figures_of(everything), **figures)
+                    loop.advance(loss, num_trained, trained, **figures_of(everything), **figures)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ A group whose rewards are all the same says nothing: it is counted (degenerate_s
     python trainer/train_grpo.py --from_weight reason --enable_thinking on --data_path maths.jsonl --max_new_tokens 1024 \\
         --max_seq_len 2048 --rewards answer=1 format=0.2 --lora_rank 32
 
-What to expect: reward/answer, of what is sampled, rises within tens of steps, and val_reward/answer, of the likeliest answers to
-held-out prompts, with it; entropy falls, and with it what there is left to find. transcripts.jsonl shows answers.
+What to expect: reward/answer, of what is sampled, rises; val_reward/answer, of the likeliest answers to held-out prompts, follows
+where there are prompts enough. With the toy world's 1,000, from a model of one epoch of fine-tuning, 140 steps of --optimizer
+muon --learning_rate 5e-4 --num_prompts 32 took the one from 58 to 75% and the other from 61 to 65% (docs/LOG.md). Where entropy
+has fallen to nothing, there is nothing left to find. transcripts.jsonl shows answers.
 """
 
 import sys
@@ -37,13 +39,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataset.token_cache import fingerprint
-from model.native_format import network_sha256
 from trainer.advantages import group_advantages, has_spread
 from trainer.arguments import arg, check_not_negative, check_positive, command, parse_args
 from trainer.checkpoint import Checkpoint
-from trainer.evaluation import validation_sets
-from trainer.experience import micro_batches_of, minibatches, token_counts
+from trainer.experience import columns_of, updates_of
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
 from trainer.policy import (
@@ -53,11 +52,13 @@ from trainer.policy import (
     load_policy,
     open_rollout,
     policy_outputs,
-    prompt_dataset,
+    prompt_sets,
     prompt_steps,
     reference_log_probs,
+    reward_table,
     sample_figures,
     sample_groups,
+    token_sums,
 )
 from trainer.policy_losses import cispo_loss, clipped_loss, kl_estimate, sequence_log_ratio, token_weights
 from trainer.rewards import Rewards
@@ -120,12 +121,6 @@ def collect(rollout, dataset, items, rewards, run, args, step):
     return found, everything, 1 - len(found) / len(everything)
 
 
-def reward_table(samples, num_generations):
-    """The totals of the samples, float64 [groups, G]."""
-    totals = torch.tensor([sample.rewards["total"] for sample in samples], dtype=torch.float64)
-    return totals.view(-1, num_generations)
-
-
 def losses_of(args, log_probs, batch):
     """(loss of each sampled token [n], which of them the clip has cut, bool [n])."""
     if args.loss_type == "cispo":
@@ -151,8 +146,7 @@ def update(net, reference, micro_batches, num_tokens, num_sequences, run, args):
             loss = (weights * (losses + args.kl_weight * kl)).sum() + balance_loss
             run.backward(loss)
         moved = kl_estimate(batch["old_log_probs"], log_probs.detach(), "k3")  # the tokens are the old policy's
-        figures = (kl, moved, entropies, is_clipped)
-        sums += torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
+        sums += token_sums(num_tokens, loss, kl, moved, entropies, is_clipped)
     return run.ranks.sum_tensor(sums)
 
 
@@ -161,11 +155,8 @@ def main(argv=None):
     with Run(args) as run:
         model, saved, tokenizer, reference = load_policy(args, run)
         folder, pad_id = run_folder(args, model.config, run.ranks), tokenizer.pad_token_id
-        build, dataset = prompt_dataset(args, run, tokenizer)
-        run.say(dataset.report)
-        training, held_out = validation_sets(args, dataset, build)
+        training, held_out, data = prompt_sets(args, run, model, tokenizer)
         rewards = Rewards(args, tokenizer, run)
-        data = fingerprint(data=training.fingerprint, start=run.ranks.from_first(lambda: network_sha256(model)))
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, saved, tokenizer, optimizer, data)
         steps = prompt_steps(training, args)
@@ -182,15 +173,11 @@ def main(argv=None):
             for items in loop:
                 samples, everything, degenerate_share = collect(rollout, training, items, rewards, run, args, loop.done)
                 advantages = group_advantages(reward_table(samples, args.num_generations), args.scale).flatten().tolist()
-                columns = {"old_log_probs": [one.old_log_probs for one in samples],
-                           "advantages": [torch.full((one.num_sampled,), a) for one, a in zip(samples, advantages)]}
-                parts = [(epoch, part) for epoch in range(args.update_epochs if samples else 0) for part in minibatches(
-                    len(samples), args.num_minibatches, draw_seed(args.seed, loop.done), epoch)]
-                updates, trained = [], []
-                for epoch, part in parts:
-                    micro_batches = micro_batches_of(samples, part, columns, run, args, pad_id, draw_seed(loop.done, epoch))
-                    updates.append(update(net, reference, micro_batches, *token_counts(samples, part), run, args))
-                    trained += micro_batches
+                columns = columns_of(samples, advantages)
+                updates, trained, num_trained = [], [], 0
+                for micro_batches, num_tokens, num_sequences in updates_of(samples, columns, run, args, pad_id, loop.done):
+                    updates.append(update(net, reference, micro_batches, num_tokens, num_sequences, run, args))
+                    trained, num_trained = trained + micro_batches, num_trained + num_tokens
                     if not loop.apply(updates[-1][0].item(), micro_batches):
                         break  # the run has gone back to its last checkpoint
                 else:
@@ -199,8 +186,7 @@ def main(argv=None):
                     figures |= {"kl/update": moved, "entropy": entropy, "clip_share": clipped,
                                 "degenerate_share": degenerate_share}
                     transcripts.write(loop.done + 1, everything)
-                    loop.advance(loss, args.update_epochs * token_counts(samples, range(len(samples)))[0], trained,
-                                 **sample_figures(everything), **figures)
+                    loop.advance(loss, num_trained, trained, **sample_figures(everything), **figures)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ the squared error, clipped likewise (Schulman et al. 2017, eq. 7 and 9). A step'
     python trainer/train_ppo.py --from_weight full_sft --data_path prompts.jsonl --kl_weight 0.05 \\
         --rewards model:out/reward_minimind-3=1
 
-What to expect: critic/explained_variance rises from 0 first, since the critic begins knowing nothing; then reward/answer, and
-val_reward/answer on held-out prompts. A policy that runs away shows in kl/update and stopped_early.
+What to look at: critic/explained_variance, which begins at 0, since the critic knows nothing yet; reward/answer, of what is
+sampled, and val_reward/answer on held-out prompts. A policy that runs away shows in kl/update and stopped_early.
 """
 
 import copy
@@ -31,14 +31,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 
-from dataset.token_cache import fingerprint
 from model.model_lora import fold_adapters
-from model.native_format import network_sha256
 from trainer.advantages import explained_variance, gae, whiten
 from trainer.arguments import arg, check_not_negative, check_positive, check_share, command, parse_args
 from trainer.checkpoint import Checkpoint
-from trainer.evaluation import validation_sets
-from trainer.experience import for_each_token, micro_batches_of, minibatches, token_counts
+from trainer.experience import for_each_token, updates_of
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
 from trainer.policy import (
@@ -47,15 +44,15 @@ from trainer.policy import (
     held_out_scores,
     load_policy,
     open_rollout,
-    prompt_dataset,
+    prompt_sets,
     prompt_steps,
     reference_log_probs,
     sample_figures,
     sample_groups,
+    token_sums,
 )
 from trainer.policy_losses import clipped_loss, kl_estimate, token_log_probs, value_loss
 from trainer.rewards import Rewards
-from trainer.rollout import draw_seed
 from trainer.run import Run
 from trainer.weights import run_folder
 
@@ -130,7 +127,7 @@ def token_rewards(sample, log_ratio, args):
     return rewards
 
 
-def columns_of(samples, model, reference, run, args, pad_id):
+def token_columns(samples, model, reference, run, args, pad_id):
     """({name: [tensor of each sample]} of what the updates need, {name: figure} of the critic and the divergence)."""
     old = [sample.old_log_probs for sample in samples]
     values = for_each_token(model.critic, model, samples, run, args, pad_id)
@@ -166,8 +163,7 @@ def update(net, micro_batches, num_tokens, run, args):
             loss = (losses + args.value_weight * value_losses).sum() / num_tokens + balance_loss
             run.backward(loss)
         moved = kl_estimate(batch["old_log_probs"], log_probs.detach(), "k3")  # the tokens are the old policy's
-        figures = (moved, entropies, is_clipped, value_losses)
-        sums += torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
+        sums += token_sums(num_tokens, loss, moved, entropies, is_clipped, value_losses)
     return run.ranks.sum_tensor(sums)
 
 
@@ -176,11 +172,8 @@ def main(argv=None):
     with Run(args) as run:
         policy, saved, tokenizer, reference = load_policy(args, run)
         folder, pad_id = run_folder(args, policy.config, run.ranks), tokenizer.pad_token_id
-        build, dataset = prompt_dataset(args, run, tokenizer)
-        run.say(dataset.report)
-        training, held_out = validation_sets(args, dataset, build)
+        training, held_out, data = prompt_sets(args, run, policy, tokenizer)
         rewards = Rewards(args, tokenizer, run)
-        data = fingerprint(data=training.fingerprint, start=run.ranks.from_first(lambda: network_sha256(policy)))
         model = ActorCritic(policy)
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, saved, tokenizer, optimizer, data, extra=model.critic)
@@ -198,18 +191,15 @@ def main(argv=None):
             for items in loop:
                 rollout.refresh()
                 samples = sample_groups(rollout, training, items, rewards, run, args, loop.done)
-                columns, figures = columns_of(samples, model, reference, run, args, pad_id)
-                parts = [(epoch, part) for epoch in range(args.update_epochs) for part in minibatches(
-                    len(samples), args.num_minibatches, draw_seed(args.seed, loop.done), epoch)]
-                updates, trained, is_alive = [], [], True
-                for epoch, part in parts:
-                    micro_batches = micro_batches_of(samples, part, columns, run, args, pad_id, draw_seed(loop.done, epoch))
-                    sums = update(net, micro_batches, token_counts(samples, part)[0], run, args)
+                columns, figures = token_columns(samples, model, reference, run, args, pad_id)
+                updates, trained, num_trained, is_alive = [], [], 0, True
+                for micro_batches, num_tokens, _ in updates_of(samples, columns, run, args, pad_id, loop.done):
+                    sums = update(net, micro_batches, num_tokens, run, args)
                     if args.target_kl and updates and sums[1] > args.target_kl:  # the same on all ranks
                         optimizer.zero_grad(set_to_none=True)
                         break
                     updates.append(sums)
-                    trained += micro_batches
+                    trained, num_trained = trained + micro_batches, num_trained + num_tokens
                     if not (is_alive := loop.apply(sums[0].item(), micro_batches)):
                         break
                 if not is_alive:  # the run has gone back to its last checkpoint
@@ -217,8 +207,9 @@ def main(argv=None):
                 names = ("kl/update", "entropy", "clip_share", "critic/loss")
                 loss, *means = torch.stack(updates).mean(0).tolist()
                 transcripts.write(loop.done + 1, samples)
-                loop.advance(loss, sum(token_counts(samples, part)[0] for _, part in parts[:len(updates)]), trained, **figures,
-                             **sample_figures(samples), **dict(zip(names, means)), stopped_early=float(len(updates) < len(parts)))
+                planned = args.update_epochs * min(args.num_minibatches, len(samples))
+                loop.advance(loss, num_trained, trained, **figures, **sample_figures(samples), **dict(zip(names, means)),
+                             stopped_early=float(len(updates) < planned))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ sometimes solved teach most. Before the first step --initial_answers to every pr
     python trainer/train_spo.py --from_weight reason --enable_thinking on --data_path maths.jsonl --max_new_tokens 1024 \\
         --max_seq_len 2048 --num_prompts 256
 
-What to expect: reward/answer is that of the prompts which were drawn, and those that are solved are drawn less and less: look at
-value/mean, what all prompts are thought to earn, and val_reward/answer. Rewards must lie between 0 and 1.
+What to look at: reward/answer is that of the prompts which were drawn, and those that are solved are drawn less and less;
+value/mean is what all prompts are thought to earn, val_reward/answer that of held-out ones. Rewards must lie between 0 and 1.
 """
 
 import sys
@@ -28,12 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataset.token_cache import fingerprint
-from model.native_format import network_sha256
 from trainer.arguments import arg, check_not_negative, check_positive, command, parse_args
 from trainer.checkpoint import Checkpoint
-from trainer.evaluation import validation_sets
-from trainer.experience import for_each_token, micro_batches_of, minibatches, token_counts
+from trainer.experience import columns_of, for_each_token, updates_of
 from trainer.loop import Loop
 from trainer.optim import build_optimizer
 from trainer.policy import (
@@ -43,12 +40,13 @@ from trainer.policy import (
     load_policy,
     open_rollout,
     policy_outputs,
-    prompt_dataset,
+    prompt_sets,
     prompt_steps,
     rate,
     reference_log_probs,
     sample_figures,
     sample_groups,
+    token_sums,
 )
 from trainer.policy_losses import clipped_loss, kl_estimate
 from trainer.rewards import Rewards
@@ -104,8 +102,7 @@ def update(net, reference, micro_batches, num_tokens, run, args):
             loss = (losses + args.kl_weight * kl).sum() / num_tokens + balance_loss
             run.backward(loss)
         moved = kl_estimate(batch["old_log_probs"], log_probs.detach(), "k3")  # the tokens are the old policy's
-        figures = (kl, moved, entropies, is_clipped)
-        sums += torch.stack([loss.double(), *((x.double() / num_tokens).sum() for x in figures)]).detach()
+        sums += token_sums(num_tokens, loss, kl, moved, entropies, is_clipped)
     return run.ranks.sum_tensor(sums)
 
 
@@ -114,11 +111,8 @@ def main(argv=None):
     with Run(args) as run:
         model, saved, tokenizer, reference = load_policy(args, run)
         folder, pad_id = run_folder(args, model.config, run.ranks), tokenizer.pad_token_id
-        build, dataset = prompt_dataset(args, run, tokenizer)
-        run.say(dataset.report)
-        training, held_out = validation_sets(args, dataset, build)
+        training, held_out, data = prompt_sets(args, run, model, tokenizer)
         rewards, stream = Rewards(args, tokenizer, run), SingleStream(training.prompts, args.num_prompts)
-        data = fingerprint(data=training.fingerprint, start=run.ranks.from_first(lambda: network_sha256(model)))
         optimizer = build_optimizer(model, args)
         checkpoint = Checkpoint(folder, args, run, saved, tokenizer, optimizer, data, extra=stream)
         steps = prompt_steps(training, args)
@@ -143,15 +137,11 @@ def main(argv=None):
                 rollout.refresh()
                 samples = sample_groups(rollout, training, items, rewards, run, args, loop.done)
                 advantages = stream.advantages(samples, score).tolist()
-                columns = {"old_log_probs": [one.old_log_probs for one in samples],
-                           "advantages": [torch.full((one.num_sampled,), a) for one, a in zip(samples, advantages)]}
-                parts = [(epoch, part) for epoch in range(args.update_epochs) for part in minibatches(
-                    len(samples), args.num_minibatches, draw_seed(args.seed, loop.done), epoch)]
-                updates, trained = [], []
-                for epoch, part in parts:
-                    micro_batches = micro_batches_of(samples, part, columns, run, args, pad_id, draw_seed(loop.done, epoch))
-                    updates.append(update(net, reference, micro_batches, token_counts(samples, part)[0], run, args))
-                    trained += micro_batches
+                columns = columns_of(samples, advantages)
+                updates, trained, num_trained = [], [], 0
+                for micro_batches, num_tokens, _ in updates_of(samples, columns, run, args, pad_id, loop.done):
+                    updates.append(update(net, reference, micro_batches, num_tokens, run, args))
+                    trained, num_trained = trained + micro_batches, num_trained + num_tokens
                     if not loop.apply(updates[-1][0].item(), micro_batches):
                         break  # the run has gone back to its last checkpoint
                 else:
@@ -160,8 +150,7 @@ def main(argv=None):
                     figures |= {"kl/update": moved, "entropy": entropy, "clip_share": clipped,
                                 "value/mean": stream.tracker.values().mean().item()}
                     transcripts.write(loop.done + 1, samples)
-                    loop.advance(loss, args.update_epochs * token_counts(samples, range(len(samples)))[0], trained,
-                                 **sample_figures(samples), **figures)
+                    loop.advance(loss, num_trained, trained, **sample_figures(samples), **figures)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from test_stages import assert_same, figures, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dataset.chat_format import encode_prompt
-from trainer import loop, train_grpo
+from trainer import experience, loop, train_grpo
 from trainer.metrics import read_metrics
 
 CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "cispo": (math.inf, 4.0), "gspo": (3e-4, 4e-4)}
@@ -138,8 +138,8 @@ def test_two_updates_are_those_of_transformers_network_answer_by_answer(
 @pytest.mark.parametrize("scale", ["batch", "none"])
 def test_rewards_are_scaled_as_asked(scale, flags, tmp_path, monkeypatch):
     """The advantages that reach the loss, against plain numbers: --scale beats what --loss_type stands for."""
-    seen, micro_batches_of = [], train_grpo.micro_batches_of
-    monkeypatch.setattr(train_grpo, "micro_batches_of", lambda samples, part, columns, *rest: seen.append(
+    seen, micro_batches_of = [], experience.micro_batches_of
+    monkeypatch.setattr(experience, "micro_batches_of", lambda samples, part, columns, *rest: seen.append(
         (samples, columns["advantages"])) or micro_batches_of(samples, part, columns, *rest))
     train_grpo.main(flags(scale=scale, max_steps=1, val_share=0, num_generations=2))
     samples, advantages = seen[0]
@@ -300,8 +300,8 @@ def test_without_spread_nothing_is_learned(flags, tmp_path):
 
 
 def test_other_prompts_are_drawn_in_place_of_groups_without_spread(flags, tmp_path, monkeypatch):
-    rollouts, micro_batches_of, trained = record_samples(monkeypatch, train_grpo), train_grpo.micro_batches_of, []
-    monkeypatch.setattr(train_grpo, "micro_batches_of",
+    rollouts, micro_batches_of, trained = record_samples(monkeypatch, train_grpo), experience.micro_batches_of, []
+    monkeypatch.setattr(experience, "micro_batches_of",
                         lambda samples, *rest: trained.append(samples) or micro_batches_of(samples, *rest))
     options = dict(flat=10, max_steps=1, num_prompts=8, val_share=0)
     train_grpo.main(flags(**options, resample=3))
