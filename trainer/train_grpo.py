@@ -18,7 +18,8 @@ token's probability now to that with which it was sampled, the loss is PPO's cli
 
 A group whose rewards are all the same says nothing: it is counted (degenerate_share) and left out, with --resample replaced.
 
-    python trainer/train_grpo.py --from_weight out/quickstart/full_sft_tiny --max_steps 60
+    python trainer/train_grpo.py --from_weight out/quickstart/full_sft_tiny --optimizer muon --learning_rate 5e-4 \\
+        --num_prompts 32 --max_steps 140
     python trainer/train_grpo.py --from_weight out/quickstart/full_sft_tiny --loss_type dapo --rewards answer=1 overlong=1 \\
         --overlong_buffer 32 --save_weight dapo
     python trainer/train_grpo.py --from_weight reason --enable_thinking on --data_path maths.jsonl --max_new_tokens 1024 \\
