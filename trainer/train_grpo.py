@@ -26,9 +26,9 @@ A group whose rewards are all the same says nothing: it is counted (degenerate_s
         --max_seq_len 2048 --rewards answer=1 format=0.2 --lora_rank 32
 
 What to expect: reward/answer, of what is sampled, rises; val_reward/answer, of the likeliest answers to held-out prompts, need
-not follow. On the toy world, from a model of one epoch of fine-tuning, the first command took the one from 58 to 75% and the other
-from 61 to 65% (docs/LOG.md): its 1,000 prompts come four times. Where entropy has fallen to nothing, there is nothing left to
-find. transcripts.jsonl shows answers.
+not follow. On the toy world, from a model of one epoch of fine-tuning, the first command took the one from 58 to 75% and the
+other from 61 to 65% (docs/LOG.md): its 1,000 prompts come four times. Where entropy has fallen to nothing, there is nothing
+left to find. transcripts.jsonl shows answers.
 """
 
 import sys
