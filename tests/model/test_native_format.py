@@ -15,10 +15,10 @@ from tests.model.test_model_minimind import SHAPES, SMALL, assert_close, build, 
 AUTO_MAP = {**SHAPES["granitemoeshared"], "qk_norm": True}  # no standard architecture has both
 
 FOREIGN_LOADER = """
-import sys, torch
+import importlib.util, sys, torch
 from transformers import AutoModelForCausalLM
 folder, trust, out = sys.argv[1:]
-assert not any("minimind" in p for p in sys.path), sys.path
+assert importlib.util.find_spec("model") is None and importlib.util.find_spec("trainer") is None, sys.path
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust == "trust")
 torch.save((type(model).__name__, model(torch.load(out)).logits), out)
 """
