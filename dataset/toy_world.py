@@ -39,7 +39,7 @@ from dataset import toy_identity, toy_numbers, toy_stories
 from dataset.toy_core import LANGUAGES, LEVELS, Item, Level, Maker, draw_items
 from dataset.toy_facts import People, fact, fact_read, make_people, portrait
 from dataset.toy_scorer import Question, accuracy_table, ask, format_table, score
-from dataset.toy_tools import run_tool, tool_schemas, tool_use
+from dataset.toy_tools import run_tool, tool_schemas, tool_use, two_cities
 
 __all__ = [
     "Question", "World", "accuracy_table", "ask", "format_table", "heldout_questions", "make_world", "run_tool", "score",
@@ -96,6 +96,7 @@ def make_world(level: str, seed: int = 0) -> World:
         "identity": toy_identity.identity,
         "multi_turn": partial(toy_stories.multi_turn, level=shape, people=people),
         "tools": partial(tool_use, level=shape),
+        "two_cities": partial(two_cities, level=shape),
         "preferences": partial(toy_stories.preference, people=people),
         "lookup": partial(toy_stories.lookup, level=shape),
         "lora_identity": toy_identity.garden_identity,

@@ -2,7 +2,7 @@
 
     python scripts/ladder.py                                    # all rungs, 3 seeds: a table, out/ladder/ladder.png
     python scripts/ladder.py --rungs lora dpo --seeds 1 2 3 4 5 --from_weight out/quickstart/full_sft_tiny
-    python scripts/ladder.py --rungs ppo grpo dr_grpo dapo cispo gspo spo agent    # reinforcement learning, from a weaker model
+    python scripts/ladder.py --rungs ppo grpo dr_grpo dapo cispo gspo spo agent    # reinforcement learning; also its curves
     python scripts/ladder.py --max_steps 4 --seeds 1 --limit 8   # only to see that everything works
 
 A rung trains a stage once per seed, with the commands that it prints, and compares before and after on questions that were held
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from dataset.toy_world import make_world, write_world
 from scripts import ladder_rungs
 from scripts.ladder_rungs import Bench
-from scripts.rl_rungs import RL_AIMS, RL_EPOCHS, RL_RUNGS
+from scripts.rl_rungs import RL_AIMS, RL_RUNGS, draw_curves
 from trainer.arguments import arg, check_positive, command, parse_args
 from trainer.metrics import write_json
 
@@ -38,8 +38,7 @@ class LadderArgs:
     rungs: list[str] = arg(list(ladder_rungs.RUNGS), f"which of {', '.join(RUNGS)}", nargs="+")
     seeds: list[int] = arg([1, 2, 3], "a run of each rung for each of these", nargs="+")
     from_weight: str = arg("", "SFT checkpoint that all rungs start from (default: one is trained first)")
-    save_dir: str = arg(str(ROOT / "out" / "ladder"), "folder for the runs, the results and the picture (reinforcement learning: "
-                                                      "out/ladder_rl)")
+    save_dir: str = arg(str(ROOT / "out" / "ladder"), "folder for the runs, the results and the pictures")
     limit: int = arg(200, "held-out questions of each skill, at most")
     max_steps: int | None = arg(None, "end each training after so many steps: to see only that everything works")
     device: str = arg("auto", "cpu or cuda; auto: the GPU if there is one")
@@ -54,12 +53,6 @@ class LadderArgs:
         unknown = [name for name in self.rungs if name not in RUNGS]
         if unknown:
             raise ValueError(f"--rungs {unknown[0]}: there are {', '.join(RUNGS)}")
-        self.is_rl = self.rungs[0] in RL_RUNGS
-        if any((name in RL_RUNGS) != self.is_rl for name in self.rungs):
-            raise ValueError(f"--rungs {' '.join(self.rungs)}: {', '.join(RL_RUNGS)} start from a weaker model than the others; "
-                             "give them in a command of their own")
-        if self.is_rl and "save_dir" not in self.given:
-            self.save_dir += "_rl"
         if len(set(self.seeds)) < len(self.seeds) or len(self.seeds) > max(STUDENT_T):
             raise ValueError(f"--seeds: give up to {max(STUDENT_T)} different numbers")
         self.rungs = list(dict.fromkeys(self.rungs))
@@ -151,7 +144,7 @@ def main(argv=None):
     if args.overwrite:
         shutil.rmtree(Path(args.save_dir) / "results", ignore_errors=True)
     write_world("mini", ROOT / "dataset" / "toy_mini")
-    bench = Bench(args, make_world("mini"), *([RL_EPOCHS] if args.is_rl else []))
+    bench = Bench(args, make_world("mini"))
     rows = []
     for rung in args.rungs:
         rows += table_rows(rung, [measured(bench, rung, seed) for seed in args.seeds])
@@ -159,7 +152,9 @@ def main(argv=None):
           .replace(f"{ROOT}/", ""))
     picture = Path(args.save_dir) / "ladder.png"
     draw(rows, picture, len(args.seeds))
-    print(f"drawn in {picture}".replace(f"{ROOT}/", ""))
+    print(f"drawn in {picture.parent}".replace(f"{ROOT}/", ""))
+    if compared := [name for name in args.rungs if name in RL_RUNGS and name != "agent"]:
+        draw_curves(args.save_dir, compared, args.seeds, Path(args.save_dir) / "rl_curves.png")
     if args.json:
         write_json(args.json, {"from_weight": str(bench.base), "seeds": args.seeds, "rows": rows})
 

@@ -4,11 +4,11 @@ A rung is a function (bench, seed) -> {what is measured: (before, after)}, share
 command of a stage script; the settings that were found for `tiny` stand here.
 """
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
+from dataset.jsonl import dump_row
 from dataset.toy_world import DPO_SKILLS, accuracy_table, dpo_row, heldout_questions
 from model.model_lora import merge_adapter
 from model.model_minimind import MiniMindConfig
@@ -47,16 +47,13 @@ AIMS = {
 
 
 class Bench:
-    """What the rungs share: the world's questions, the SFT model `base` (a folder) and how well it does.
+    """What the rungs share: the world's questions, the SFT model `base` (a folder) and how well it does."""
 
-    epochs: of pretraining and of fine-tuning, where it has to be trained first.
-    """
-
-    def __init__(self, args, world, epochs=(3, 4)):
-        self.args, self.world, self.run, self.epochs = args, world, Compute(args), epochs
+    def __init__(self, args, world):
+        self.args, self.world, self.run = args, world, Compute(args)
         self.plan = GPU if self.run.device.type == "cuda" else CPU
         self.questions = heldout_questions(world, args.limit)
-        self.known = {}  # what was measured of the base
+        self.known = {}  # what was measured of models to start from
         self.base = None  # until it is there
         self.base = Path(args.from_weight) if args.from_weight else self.train_base()
 
@@ -81,10 +78,10 @@ class Bench:
         return shape_name(MiniMindConfig(**read_config(self.base))) if self.base else self.plan["preset"]
 
     def train_base(self):
-        """The SFT model that all rungs start from: the quick start's recipe, in so many epochs of pretraining and fine-tuning."""
+        """The SFT model that all rungs start from: the quick start's recipe, with more epochs."""
         shape = ["--preset", self.plan["preset"]]
-        self.train(train_pretrain, "pretrain", 42, *shape, *self.plan["pretrain"], "--epochs", self.epochs[0])
-        return self.train(train_full_sft, "full_sft", 42, *shape, *self.plan["sft"], "--epochs", self.epochs[1])
+        self.train(train_pretrain, "pretrain", 42, *shape, *self.plan["pretrain"], "--epochs", 3)
+        return self.train(train_full_sft, "full_sft", 42, *shape, *self.plan["sft"], "--epochs", 4)
 
     def engine(self, folder, adapter=None):
         """A decoding engine for a checkpoint folder."""
@@ -97,26 +94,36 @@ class Bench:
         """Share of the questions that are answered rightly; `how`: see toy_answers."""
         return accuracy_table(toy_answers(engine, questions, **how))[-1]["accuracy"]
 
+    def of(self, folder, what, questions, **how):
+        """`accuracy` of the model in a folder, measured once and then known as `what`."""
+        if (folder, what) not in self.known:
+            self.known[folder, what] = self.accuracy(self.engine(folder), questions, **how)
+        return self.known[folder, what]
+
     def of_base(self, what, questions, **how):
-        """`accuracy` of the base, measured once and then known as `what`."""
-        if what not in self.known:
-            self.known[what] = self.accuracy(self.engine(self.base), questions, **how)
-        return self.known[what]
+        """`of` the base."""
+        return self.of(self.base, what, questions, **how)
 
     def skills(self, *names):
         """The held-out questions of these skills."""
         return [question for question in self.questions if question.skill in names]
 
+    def rows(self, name, make):
+        """A file of rows in SAVE_DIR/data, written by make() if it is not there."""
+        path = Path(self.args.save_dir) / "data" / f"{name}.jsonl"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(dump_row(row) + "\n" for row in make()), encoding="utf-8")
+        return path
+
     def pairs(self, split, count):
         """A file of up to `count` preference pairs of a split, more than the world's own has."""
-        path = Path(self.args.save_dir) / "pairs" / f"{split}_{count}.jsonl"
-        if not path.is_file():
+        def make():
             rng = random.Random(0)
             share = {skill: count * DPO_SKILLS.count(skill) // len(DPO_SKILLS) for skill in DPO_SKILLS}
-            rows = [dpo_row(item, rng) for skill in share for item in self.world.items("ladder", skill, split, share[skill])]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return path
+            return [dpo_row(item, rng) for skill in share for item in self.world.items("ladder", skill, split, share[skill])]
+
+        return self.rows(f"pairs_{split}_{count}", make)
 
 
 def first_and_last(folder, name):
