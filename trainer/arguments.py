@@ -171,6 +171,7 @@ class TrainArgs:
     json: str = arg("", "write the figures of the run to this file too")
     local_rank: int = arg(0, "given by the deepspeed launcher to its processes")
 
+    ACCUMULATES = True  # --accumulation_steps cuts a step into micro-batches, and --deepspeed is there; else both are refused
     # what may change between an interrupted run and its resumption: it decides no number, or is compared in another way
     FREE = ("save_dir", "cache_dir", "from_resume", "overwrite", "device", "dtype", "num_workers", "num_proc", "log_interval",
             "save_interval", "inspect", "json", "from_weight", "batch_size", "accumulation_steps", "use_compile",

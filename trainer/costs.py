@@ -175,8 +175,8 @@ def container_limits(root):
 def memory_advice(config, model, args, device, dtype, *, trained=None, zero_stage=0, world_size=1, offload_optimizer=False):
     """(bytes that a step needs, bytes there are for it or None, a sentence for the user), with `model` on its device already.
 
-    args: batch_size, accumulation_steps, max_seq_len, optimizer, gradient_checkpointing. Where the step will not fit, the
-    sentence names flags under which it will. The numbers are of one device out of `world_size`.
+    args: batch_size, accumulation_steps, ACCUMULATES, max_seq_len, optimizer, gradient_checkpointing. Where the step will not
+    fit, the sentence names flags under which it will. The numbers are of one device out of `world_size`.
     """
     params, free = model.num_parameters(), free_memory(device)
     needs = step_needs(config, params, args, dtype, trained=trained, zero_stage=zero_stage, world_size=world_size,
@@ -215,22 +215,25 @@ def way_out(args, needs, room, is_saved=False):
     """
     resume, anew = (" --from_resume", ", in a new run under another --save_weight") if is_saved else ("", "")
     rows = args.batch_size * args.accumulation_steps
-    sizes = [size for size in range(args.batch_size, 0, -1) if rows % size == 0]  # the same rows in a step
+    sizes = [size for size in range(args.batch_size, 0, -1) if rows % size == 0 or not args.ACCUMULATES]
+
+    def batch(size):  # with as many rows in a step as before
+        return f"--batch_size {size}" + (f" --accumulation_steps {rows // size}" if args.ACCUMULATES else "")
+
     for checkpointing in (True,) if args.gradient_checkpointing else (False, True):
         flag = " --gradient_checkpointing" if checkpointing else ""
         for size in sizes:
             needed = needs(size, checkpointing, args.max_seq_len)
             if needed <= room:
-                return (f"--batch_size {size} --accumulation_steps {rows // size}{flag}{resume} gives the same update in "
-                        f"{needed / 1e9:.1f} GB")
+                return f"{batch(size)}{flag}{resume} gives the same update in {needed / 1e9:.1f} GB"
     length = args.max_seq_len // 2
     while length >= SHORTEST and needs(1, True, length) > room:
         length //= 2
     if length >= SHORTEST:
-        return (f"not even one row at a time fits; --batch_size 1 --accumulation_steps {rows} --gradient_checkpointing "
-                f"--max_seq_len {length} does, in {needs(1, True, length) / 1e9:.1f} GB{anew}")
-    return ("the weights and their optimizer are too large: share them among GPUs with --deepspeed"
-            f"{resume}, or choose a smaller --preset{anew}")
+        return (f"not even one row at a time fits; {batch(1)} --gradient_checkpointing --max_seq_len {length} does, in "
+                f"{needs(1, True, length) / 1e9:.1f} GB{anew}")
+    sharing = f"share them among GPUs with --deepspeed{resume}, or " if args.ACCUMULATES else ""
+    return (f"the weights and their optimizer are too large: {sharing}choose a smaller --preset{anew}")
 
 
 @dataclass

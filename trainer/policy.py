@@ -61,6 +61,7 @@ class PolicyArgs(TrainArgs):
     val_interval: int = arg(20, "steps between two validations; the last step always validates")
     log_interval: int = arg(1, "steps between two lines in metrics.jsonl")
 
+    ACCUMULATES = False
     FREE = tuple(name for name in (*TrainArgs.FREE, "rollout_batch_size", "num_transcripts", "rollout_url", "rollout_dir")
                  if name != "from_weight")
 
@@ -204,13 +205,15 @@ def reward_table(samples, num_generations):
     return totals.view(-1, num_generations)
 
 
-def sample_figures(samples):
-    """{name: mean over the samples}: rewards by part, their spread, lengths, and the share that ended by itself."""
+def sample_figures(samples, rollout):
+    """{name: mean over the samples}: rewards by part, their spread, lengths, the share that ended by itself, and of the step's
+    time that of sampling."""
     lengths = [sample.num_sampled for sample in samples]
     totals = [sample.rewards["total"] for sample in samples]
     figures = {f"reward/{name}": float(np.mean([sample.rewards[name] for sample in samples])) for name in samples[0].rewards}
     return figures | {"reward/std": float(np.std(totals)), "length/mean": float(np.mean(lengths)), "length/max": max(lengths),
-                      "complete_share": float(np.mean([sample.is_complete for sample in samples]))}
+                      "complete_share": float(np.mean([sample.is_complete for sample in samples])),
+            "rollout_share": rollout.watch.share()}
 
 
 class Transcripts:
@@ -262,4 +265,5 @@ def held_out_scores(rollout, held_out, rewards, run, args, hold=None):
         scores |= {f"val_reward/{part}/{name}": mean for part, mean in means.items()}
         sentences.append(f"{name}: " + ", ".join(f"{part} {mean:.3f}" for part, mean in means.items())
                          + f"; {view.rows[0]['conversations'][-1]['content'].strip()!r} -> {samples[0].text.strip()!r}")
+    rollout.watch.share()  # what was written here is not the next step's
     return scores, "\n".join(sentences)

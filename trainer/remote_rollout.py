@@ -30,7 +30,7 @@ from model.engine import end_ids
 from model.model_lora import AdapterOnly, fold_adapters
 from model.text_stream import TextStream, token_bytes
 from trainer.metrics import writing
-from trainer.rollout import Answer
+from trainer.rollout import Answer, Stopwatch
 from trainer.run import evaluating
 
 TRIES, PAUSE = 3, 1.0  # for a request; seconds after the first one that failed, then twice as many
@@ -120,7 +120,7 @@ class RemoteRollout:
         self.pieces, self.ends = token_bytes(tokenizer), sorted(end_ids(model, tokenizer))
         self.client = httpx.Client(timeout=httpx.Timeout(TIME_LIMIT, connect=10), trust_env=False,  # no proxy between the two
                                    limits=httpx.Limits(max_connections=None))
-        self.pool = ThreadPoolExecutor(args.rollout_batch_size)
+        self.pool, self.watch = ThreadPoolExecutor(args.rollout_batch_size), Stopwatch()
 
     def refresh(self, now=False):
         """Note an update of the weights, and hand them to the server if its own would be too old; of all ranks together.
@@ -137,7 +137,9 @@ class RemoteRollout:
         if self.age == math.inf:
             self.refresh()
         temperature = self.temperature if temperature is None else temperature
-        return list(self.pool.map(lambda prompt, seed: self.answer(prompt, seed, max_new_tokens, temperature), prompts, seeds))
+        with self.watch:
+            return list(self.pool.map(lambda prompt, seed: self.answer(prompt, seed, max_new_tokens, temperature), prompts,
+                                      seeds))
 
     def answer(self, prompt, seed, max_new_tokens, temperature):
         """One Answer; the likeliest's log-probabilities are 0, as it is certain."""

@@ -6,6 +6,7 @@ several times are computed once, and answers that end make room for others at on
 """
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,11 +56,34 @@ class Sample:
         return torch.tensor([x for x, is_sampled in zip(self.log_probs, self.is_sampled) if is_sampled])
 
 
+class Stopwatch:
+    """How much of the time passes inside its `with`."""
+
+    def __init__(self):
+        self.inside, self.since = 0.0, time.perf_counter()
+
+    def __enter__(self):
+        self.entered = time.perf_counter()
+
+    def __exit__(self, *error):
+        self.inside += time.perf_counter() - self.entered
+
+    def share(self):
+        """Of the time since the last call of this, or since the beginning, from 0 to 1."""
+        now = time.perf_counter()
+        share = self.inside / (now - self.since)
+        self.inside, self.since = 0.0, now
+        return share
+
+
 class Rollout:
-    """Answers from the network in training, on its own device; call `refresh` after each change of its weights."""
+    """Answers from the network in training, on its own device; call `refresh` after each change of its weights.
+
+    watch: what share of the time it writes answers.
+    """
 
     def __init__(self, model, tokenizer, run, args):
-        self.tokenizer, self.temperature = tokenizer, args.temperature
+        self.tokenizer, self.temperature, self.watch = tokenizer, args.temperature, Stopwatch()
         self.engine = Engine(model, tokenizer, max_batch_size=args.rollout_batch_size, max_len=args.max_seq_len,
                              dtype=None if run.device.type == "cpu" else run.dtype, prefill_chunk=args.max_seq_len)
 
@@ -71,8 +95,9 @@ class Rollout:
         """An Answer for each prompt (a list of ids), drawn with its seed; temperature: default the run's, 0 for the likeliest."""
         temperature = self.temperature if temperature is None else temperature
         params = [SamplingParams(temperature, max_tokens=max_new_tokens, seed=seed) for seed in seeds]
-        return [Answer(request.sampled, request.log_probs, request.text, request.finish_reason == "stop")
-                for request in self.engine.generate(prompts, params)]
+        with self.watch:
+            return [Answer(request.sampled, request.log_probs, request.text, request.finish_reason == "stop")
+                    for request in self.engine.generate(prompts, params)]
 
 
 def draw_seed(*what):

@@ -156,11 +156,11 @@ def hold_episodes(episodes, dataset, items, rewards, run, args, step):
     return run.ranks.gather(rate(samples, rewards))
 
 
-def figures_of(samples):
+def figures_of(samples, rollout):
     """`sample_figures`, and how many replies and calls an episode has."""
     replies = [[message for message in sample.messages if message["role"] == "assistant"] for sample in samples]
     calls = [sum(len(message.get("tool_calls", ())) for message in one) for one in replies]
-    return sample_figures(samples) | {"turns/mean": float(np.mean([len(one) for one in replies])),
+    return sample_figures(samples, rollout) | {"turns/mean": float(np.mean([len(one) for one in replies])),
                                       "calls/mean": float(np.mean(calls))}
 
 
@@ -245,7 +245,7 @@ def main(argv=None):
                     figures |= ({"value/mean": stream.tracker.values().mean().item()} if stream else
                                 {"degenerate_share": 1 - len(samples) / len(everything)})
                     transcripts.write(loop.done + 1, everything)
-                    loop.advance(loss, num_trained, trained, **figures_of(everything), **figures)
+                    loop.advance(loss, num_trained, trained, **figures_of(everything, episodes.rollout), **figures)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def main(argv=None):
                     figures |= {"kl/update": moved, "entropy": entropy, "clip_share": clipped,
                                 "degenerate_share": degenerate_share}
                     transcripts.write(loop.done + 1, everything)
-                    loop.advance(loss, num_trained, trained, **sample_figures(everything), **figures)
+                    loop.advance(loss, num_trained, trained, **sample_figures(everything, rollout), **figures)
 
 
 if __name__ == "__main__":

@@ -192,10 +192,11 @@ def main(argv=None):
                 rollout.refresh()
                 samples = sample_groups(rollout, training, items, rewards, run, args, loop.done)
                 columns, figures = token_columns(samples, model, reference, run, args, pad_id)
-                updates, trained, num_trained, is_alive = [], [], 0, True
+                updates, trained, num_trained, is_alive, moved = [], [], 0, True, 0.0
                 for micro_batches, num_tokens, _ in updates_of(samples, columns, run, args, pad_id, loop.done):
                     sums = update(net, micro_batches, num_tokens, run, args)
-                    if args.target_kl and updates and sums[1] > args.target_kl:  # the same on all ranks
+                    moved = sums[1].item()
+                    if args.target_kl and updates and moved > args.target_kl:  # the same on all ranks
                         optimizer.zero_grad(set_to_none=True)
                         break
                     updates.append(sums)
@@ -207,8 +208,9 @@ def main(argv=None):
                 names = ("kl/update", "entropy", "clip_share", "critic/loss")
                 loss, *means = torch.stack(updates).mean(0).tolist()
                 transcripts.write(loop.done + 1, samples)
+                figures["kl/last_update"] = moved  # if the step has ended early, that of the update that it was spared
                 planned = args.update_epochs * min(args.num_minibatches, len(samples))
-                loop.advance(loss, num_trained, trained, **figures, **sample_figures(samples), **dict(zip(names, means)),
+                loop.advance(loss, num_trained, trained, **figures, **sample_figures(samples, rollout), **dict(zip(names, means)),
                              stopped_early=float(len(updates) < planned))
 
 

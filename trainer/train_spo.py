@@ -150,7 +150,7 @@ def main(argv=None):
                     figures |= {"kl/update": moved, "entropy": entropy, "clip_share": clipped,
                                 "value/mean": stream.tracker.values().mean().item()}
                     transcripts.write(loop.done + 1, samples)
-                    loop.advance(loss, num_trained, trained, **sample_figures(samples), **figures)
+                    loop.advance(loss, num_trained, trained, **sample_figures(samples, rollout), **figures)
 
 
 if __name__ == "__main__":

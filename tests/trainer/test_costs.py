@@ -120,7 +120,8 @@ class Sized:
 
 
 def advice(monkeypatch, free, **changes):
-    settings = dict(batch_size=8, accumulation_steps=3, max_seq_len=512, optimizer="adamw", gradient_checkpointing=False)
+    settings = dict(batch_size=8, accumulation_steps=3, ACCUMULATES=True, max_seq_len=512, optimizer="adamw",
+                    gradient_checkpointing=False)
     args = SimpleNamespace(**settings | changes)
     monkeypatch.setattr(costs, "free_memory", lambda device: free)
     return memory_advice(MiniMindConfig.from_preset("tiny"), Sized(), args, CPU, torch.float32)
@@ -147,6 +148,14 @@ def test_advice_names_flags_that_fit(monkeypatch):
     needed, room, _ = advice(monkeypatch, 0.06e9, **changes | {"max_seq_len": 256})
     assert needed < 0.9 * room
     assert "share them among GPUs with --deepspeed, or choose a smaller --preset" in advice(monkeypatch, 1e6)[2]
+
+
+def test_advice_where_nothing_accumulates_names_no_flag_that_is_refused(monkeypatch):
+    text = advice(monkeypatch, 0.6e9, accumulation_steps=1, ACCUMULATES=False)[2]
+    assert "only 0.6 GB are free: --batch_size 5 gives the same update in 0.5 GB" in text
+    assert "; --batch_size 1 --gradient_checkpointing --max_seq_len 256 does" in advice(
+        monkeypatch, 0.06e9, accumulation_steps=1, ACCUMULATES=False)[2]
+    assert advice(monkeypatch, 1e6, ACCUMULATES=False)[2].endswith("are too large: choose a smaller --preset")
 
 
 def test_free_memory_is_less_than_the_machine_has():

@@ -14,7 +14,7 @@ from trainer.distributed import Ranks
 from trainer.experience import collate_samples, for_each_token, micro_batches_of, minibatches
 from trainer.policy import policy_outputs
 from trainer.policy_losses import token_log_probs
-from trainer.rollout import Rollout, Sample, answer_samples, draw_seed, share_of
+from trainer.rollout import Rollout, Sample, Stopwatch, answer_samples, draw_seed, share_of
 
 ROWS = "".join(json.dumps({"conversations": [{"role": "user", "content": text}], "answer": "1"}) + "\n"
                for text in ("one", "a longer question than that", "what", "and this?"))
@@ -69,6 +69,18 @@ def test_an_answer_ends_by_itself_or_is_cut(world):
     model.generation_config.eos_token_id = list(range(6400))
     done = sampled(world, [0])[0]
     assert len(done.tokens) == 1 and done.is_complete and done.text == ""
+
+
+def test_the_share_of_the_time_in_which_answers_are_written(monkeypatch):
+    now = iter([10.0, 12, 15, 20, 21, 25, 30])
+    monkeypatch.setattr("trainer.rollout.time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    with watch:
+        pass  # from 12 to 15
+    assert watch.share() == 0.3
+    with watch:
+        pass  # from 21 to 25, of the 10 since then
+    assert watch.share() == 0.4
 
 
 def test_refresh_takes_the_new_weights(world):

@@ -217,6 +217,8 @@ def test_a_policy_that_has_moved_too_far_ends_the_step(flags, tmp_path):
     assert_same(weights(stopped), weights(once))
     assert_same(extra_state(stopped, 3), extra_state(once, 3))
     assert [row["stopped_early"] for row in steps(stopped)] == [1, 1, 1]
+    assert all(row["kl/last_update"] > 1e-9 for row in steps(stopped))
+    assert all(row["kl/last_update"] < 1e-9 for row in steps(once))
     assert [row["stopped_early"] for row in steps(once) + steps(never)] == [0] * 6
     assert [row["targets"] for row in steps(stopped)] == [row["targets"] for row in steps(once)]
     assert steps(never)[0]["targets"] == 3 * steps(once)[0]["targets"]
