@@ -1,7 +1,7 @@
 """Prompts for reinforcement learning: rows with a conversation that the model is to go on with, and what checks its answer.
 
 A row is {"conversations": [..., {"role": "user", ...}], "answer": "42"} or with "gt": [...]; what a reward needs beside these
-stays in the row. Tools stand on the system message.
+stays in the row. Tools stand on the system message. {"question": "...", "answer": "42"} is a conversation of one message.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PromptDataset:
             for line, row in read_rows(path):
                 if not in_share(line, share):
                     continue
-                num_read, where = num_read + 1, f"{path}:{line}"
+                num_read, where, row = num_read + 1, f"{path}:{line}", with_conversation(row)
                 try:
                     check_prompt_row(row)
                 except ValueError as error:
@@ -79,11 +79,18 @@ class PromptDataset:
         return view
 
 
+def with_conversation(row: dict) -> dict:
+    """The row with the conversation that a bare question stands for."""
+    if "conversations" in row or not isinstance(row.get("question"), str):
+        return row
+    return {"conversations": [{"role": "user", "content": row["question"]}], **row}
+
+
 def check_prompt_row(row: dict) -> None:
     """ValueError "what is wrong. way out" unless the row has a conversation that the assistant is to go on with."""
     if "conversations" not in row:
-        raise ValueError(f'no "conversations" among the keys {list(row)}. A row is {{"conversations": [{{"role": "user", '
-                         '"content": "..."}], "answer": "..."}.')
+        raise ValueError(f'no "conversations" and no "question" among the keys {list(row)}. A row is {{"question": "...", "answer": '
+                         '"..."} or {"conversations": [{"role": "user", "content": "..."}], "answer": "..."}.')
     check_conversation(row["conversations"])
     last = row["conversations"][-1]["role"]
     if last not in ("user", "tool"):

@@ -27,6 +27,14 @@ def test_rows_and_prompts_and_what_is_too_long(tmp_path, tokenizer):
     assert tokenizer.decode(thinking.prompts[0]).endswith("<think>\n") and thinking.fingerprint != dataset.fingerprint
 
 
+def test_a_bare_question_is_a_conversation_of_one_message(tmp_path, tokenizer):
+    bare = {"question": "What is 1 + 1?", "answer": "2", "source": "here"}
+    dataset = PromptDataset(write(tmp_path / "rows.jsonl", [bare, question("Why?", question="not this")]), tokenizer, 40)
+    assert dataset.rows[0] == {**bare, "conversations": [{"role": "user", "content": "What is 1 + 1?"}]}
+    assert dataset.prompts[0] == encode_prompt(tokenizer, dataset.rows[0]["conversations"])
+    assert dataset.rows[1]["conversations"][0]["content"] == "Why?"
+
+
 @pytest.mark.parametrize("row, message", [
     ({"text": "no"}, "no \"conversations\""),
     ({"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "is of role assistant"),
