@@ -89,8 +89,8 @@ def with_conversation(row: dict) -> dict:
 def check_prompt_row(row: dict) -> None:
     """ValueError "what is wrong. way out" unless the row has a conversation that the assistant is to go on with."""
     if "conversations" not in row:
-        raise ValueError(f'no "conversations" and no "question" among the keys {list(row)}. A row is {{"question": "...", "answer": '
-                         '"..."} or {"conversations": [{"role": "user", "content": "..."}], "answer": "..."}.')
+        raise ValueError(f'no "conversations" and no "question" among the keys {list(row)}. A row is {{"question": "...", '
+                         '"answer": "..."} or {"conversations": [{"role": "user", "content": "..."}], "answer": "..."}.')
     check_conversation(row["conversations"])
     last = row["conversations"][-1]["role"]
     if last not in ("user", "tool"):
