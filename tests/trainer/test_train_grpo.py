@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 
 import pytest
@@ -228,6 +229,18 @@ def signal_in_the_sixth_step(patch, options, flags):
         train_grpo.main(flags(**options))
     assert end.value.code == 128 + signal.SIGTERM
     return 6
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path):
+    options = {"num_prompts": 3, "max_steps": 2, "save_interval": 1}
+    train_grpo.main(flags(**options, save_dir=tmp_path / "one"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    one, two = (folder_of(tmp_path / name) for name in ("one", "two"))
+    shutil.rmtree(two / "checkpoints" / "step-2")
+    run_ranks(2, "grpo", flags("--from_resume", **options, save_dir=tmp_path / "two"))
+    assert (two / "checkpoints" / "step-2").is_dir()
+    assert_close(weights(two), weights(one), 5e-4, 2e-6)
+    assert [(x["step"], x["text"]) for x in transcripts(two)] == [(x["step"], x["text"]) for x in transcripts(one)]
 
 
 @pytest.mark.parametrize("stop, options", [
