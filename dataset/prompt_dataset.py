@@ -13,7 +13,7 @@ import json
 import numpy as np
 
 from dataset.chat_format import check_conversation, encode_prompt
-from dataset.jsonl import find_shards, in_share, read_rows
+from dataset.jsonl import find_shards, in_share, iter_lines, parse_row
 from dataset.lm_dataset import BAD_ROWS
 from dataset.token_cache import fingerprint
 
@@ -21,23 +21,27 @@ from dataset.token_cache import fingerprint
 class PromptDataset:
     """Rows and their prompts as token ids, in memory: `rows[i]` a dict, `prompts[i]` a list of ids.
 
-    max_prompt_len: rows with longer prompts are left out, and counted. enable_thinking: see `encode_prompt`. `report` says
-    what became of the rows, `fingerprint` names the content. ValueError `path:line: what is wrong. way out` at a faulty row,
-    unless bad_rows is "skip"; and if nothing is left.
+    max_prompt_len: rows with longer prompts are left out, and counted. enable_thinking: see `encode_prompt`. check(row): a
+    ValueError "what is wrong. way out" for what else makes a row faulty. `report` says what became of the rows, `fingerprint`
+    names the content. ValueError `path:line: what is wrong. way out` at a faulty row, unless bad_rows is "skip"; and if nothing
+    is left.
     """
 
     def __init__(self, data_path, tokenizer, max_prompt_len: int, *, bad_rows: str = "stop",
-                 enable_thinking: bool | None = None):
+                 enable_thinking: bool | None = None, check=None):
         assert bad_rows in BAD_ROWS
         self.rows, self.prompts, self.max_prompt_len = [], [], max_prompt_len
         num_read, skipped, too_long = 0, [], []
         for path, share in find_shards(data_path):
-            for line, row in read_rows(path):
-                if not in_share(line, share):
+            for line_no, line in iter_lines(path):
+                if not in_share(line_no, share):
                     continue
-                num_read, where, row = num_read + 1, f"{path}:{line}", with_conversation(row)
+                num_read, where = num_read + 1, f"{path}:{line_no}"
                 try:
+                    row = with_conversation(parse_row(line))
                     check_prompt_row(row)
+                    if check:
+                        check(row)
                 except ValueError as error:
                     if bad_rows == "stop":
                         raise ValueError(f"{where}: {error}") from error

@@ -176,8 +176,8 @@ def question_of_row(row: dict) -> Question:
     tools = row["conversations"][0].get("tools")
     return Question(
         row.get("skill", ""), row.get("language", ""), messages, row["answer"], row.get("chance", 0.0),
-        tuple(row.get("choices", ())), tools=json.loads(tools) if tools else None,
-        calls=tuple((call["name"], call["arguments"]) for call in row.get("calls", ())),
+        tuple(row.get("choices") or ()), tools=json.loads(tools) if isinstance(tools, str) else tools or None,
+        calls=tuple((call["name"], call["arguments"]) for call in row.get("calls") or ()),
     )  # fmt: skip
 
 

@@ -166,8 +166,9 @@ class Engine:
         """Answer prompts (lists of token ids), with one SamplingParams for all or one for each: the finished Requests."""
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [self.add(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
-        while any(request.finish_reason is None for request in requests):
-            self.step()
+        for request in requests:
+            while request.finish_reason is None:
+                self.step()
         return requests
 
     @torch.inference_mode()

@@ -39,8 +39,8 @@ def group_advantages(rewards, scale="group"):
     """Rewards [P, G] less the mean of their group, divided by a standard deviation + 1e-4: [P, G].
 
     scale: "group", the deviation of the group (Shao et al. 2024, GRPO), which makes easy and hard prompts count more than they
-    should; "batch", that of all rewards, the same for all prompts; "none", no division (Liu et al. 2025, Dr. GRPO). Deviations
-    are unbiased.
+    should; "batch", that of all these rewards, the same for all prompts; "none", no division (Liu et al. 2025, Dr. GRPO).
+    Deviations are unbiased.
     """
     assert scale in ("group", "batch", "none") and rewards.shape[1] > 1
     centered = rewards - rewards.mean(1, keepdim=True)

@@ -5,7 +5,8 @@ the reply. A number counts as a number: 1,000 and 1000; 0.5, 1/2, \\frac{1}{2} a
 百分之五十 and 50%, 二分之一 and 1/2. Where only one side has a percent sign, it may be a unit that the other left
 out: 50 agrees with 50% too. A division that comes out even is not worked out: 12/4 is not 3. Everything else is compared
 letter by letter, once spaces, dollars and the variants of LaTeX's spellings are gone; of plain words it is enough that the
-answer names them.
+answer names them, of yes and no, or true and false, that it names them last. So a reply that lists many names is right by
+one of them: where the rivals are known, "choices" in the row says them.
 """
 
 import ast
@@ -22,6 +23,8 @@ SHORT_UNITS = r"(?:mm|cm|dm|km|kg|mg|ml|min)\b"  # others are told from a variab
 UNIT = re.compile(rf"\s*(?:°|℃|{SHORT_UNITS}|(?<=\s)[^\W\d_]{{2,}}(?: [^\W\d_]+)*|[\u4e00-\u9fff]+)?\s*[.。]?",
                   re.IGNORECASE)
 WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
+OPPOSITES = (("yes", "no"), ("true", "false"), ("对", "错"), ("正确", "错误"))
+RIVALS = dict(OPPOSITES) | {b: a for a, b in OPPOSITES}  # an answer that names both says neither
 WIDE = str.maketrans("％（）／＝＋", "%()/=+")
 SPELLINGS = (  # of LaTeX -> one of them, or plain text; in this order
     (r"\\[dt]frac", r"\\frac"), (r"\\\$|\\left|\\right|(?<!\\)\\[!,;: ]|[$~]|\^\\circ|\^\{\\circ\}", ""), (r"\{,\}", ","),
@@ -53,11 +56,12 @@ def is_right(answer: str, reply: str) -> bool:
     answer = boxed(answer) or answer.rpartition("####")[2].strip()
     box = boxed(reply)
     wanted = value_of(answer)
-    if wanted is None or wanted.number is None:
-        wanted = expression(answer)
-    if wanted:
+    is_number = wanted is not None and wanted.number is not None
+    if wanted := wanted if is_number else expression(answer):
         found = value_of(box.rpartition("=")[2]) if box is not None else final_value(reply)
-        return found is not None and wanted.agrees(found)
+        is_same = found is not None and wanted.agrees(found)
+        if is_same or is_number:
+            return is_same
     if box is not None:
         return bare(box) == bare(answer)
     said = plain(reply)
@@ -65,8 +69,11 @@ def is_right(answer: str, reply: str) -> bool:
     if markers:
         said = said[markers[-1].end():].strip().partition("\n")[0]
     ends = [said, *said.splitlines()[-1:], *re.findall(r"\$([^$]+)\$", reply)[-1:]]
-    return any(bare(end) == bare(answer) for end in ends) or (
-        WORDS.fullmatch(answer) is not None and last_mention(said, [plain(answer)]) is not None)
+    if any(bare(end) == bare(answer) for end in ends):
+        return True
+    word = plain(answer).lower()
+    rival = RIVALS.get(word)
+    return WORDS.fullmatch(answer) is not None and last_mention(said, [word, rival] if rival else [word]) == word
 
 
 def boxed(text: str) -> str | None:
@@ -132,8 +139,8 @@ def final_value(reply: str) -> Value | None:
 
 
 def expression(answer: str) -> Value | None:
-    """The Value of a row's answer that was not worked out, like 15/(1/5); None if it is no such thing."""
-    if not re.fullmatch(r"[\d.+\-*/() ]+", answer):
+    """The Value of a row's answer that was not worked out, like 15/(1/5); None if it is no such thing, or a date."""
+    if not re.fullmatch(r"[\d.+\-*/() ]+", answer) or re.fullmatch(r"\d+([-/.])\d+\1\d+", answer.strip()):
         return None
     try:
         return Value(walk(ast.parse(answer.strip(), mode="eval")), False)

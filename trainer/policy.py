@@ -19,7 +19,7 @@ from trainer.metrics import writing
 from trainer.policy_losses import token_log_probs
 from trainer.record import GO_ON
 from trainer.remote_rollout import BACKENDS, RemoteRollout
-from trainer.rewards import reward_weights
+from trainer.rewards import check_row, reward_weights
 from trainer.rollout import Rollout, answer_samples, draw_seed, share_of
 from trainer.weights import ROOT, find_weight, load_model
 
@@ -52,7 +52,7 @@ class PolicyArgs(TrainArgs):
     rollout_url: str = arg("", "let a server write the answers, such as http://127.0.0.1:8000 (default: this process)")
     rollout_backend: str = arg("vllm", "what runs there", choices=list(BACKENDS))
     rollout_dir: str = arg("", "folder that both sides see, for this run's weights alone")
-    max_staleness: int = arg(0, "how many updates the server's weights may be behind; 0: they are handed over after each")
+    max_staleness: int = arg(0, "how many steps the server's weights may be behind; 0: they are handed over after each")
     num_transcripts: int = arg(4, "answers that are written to transcripts.jsonl with each logged step")
     learning_rate: float = arg(1e-4, "peak learning rate")
     weight_decay: float = arg(0.0, "decay of the matrices (norms have none)")
@@ -62,7 +62,8 @@ class PolicyArgs(TrainArgs):
     log_interval: int = arg(1, "steps between two lines in metrics.jsonl")
 
     ACCUMULATES = False
-    FREE = tuple(name for name in (*TrainArgs.FREE, "rollout_batch_size", "num_transcripts", "rollout_url", "rollout_dir")
+    FREE = tuple(name for name in (*TrainArgs.FREE, "rollout_batch_size", "num_transcripts", "rollout_url", "rollout_backend",
+                                         "rollout_dir", "max_staleness")
                  if name != "from_weight")
 
     def rows_per_step(self, world_size):
@@ -134,12 +135,14 @@ def prompt_sets(args, run, model, tokenizer, stage="rl"):
     if not args.data_path:
         run.ranks.from_first(lambda: write_world("mini", TOY))
         args.data_path = [str(TOY / f"{stage}_train.jsonl")]
-        if not args.val_path and "val_share" not in args.given:
+        if not args.val_path and not {"val_share", "val_max_rows"} & args.given:
             args.val_path = [str(TOY / f"{stage}_heldout.jsonl")]
+
+    names = reward_weights(args)
 
     def build(paths):
         return PromptDataset(paths, tokenizer, args.max_seq_len - args.max_new_tokens, bad_rows=args.bad_rows,
-                             enable_thinking=args.thinking)
+                             enable_thinking=args.thinking, check=lambda row: check_row(row, names))
 
     dataset = build(args.data_path)
     run.say(dataset.report)

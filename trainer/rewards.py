@@ -4,14 +4,14 @@ A verifiable reward asks no opinion: a program compares the answer with what the
 form. It cannot be talked round, as a reward model can, but it can be cheated by whatever it overlooks: watch the transcripts.
 The reward of a sample is the weighted sum of its parts; each part is logged by its name, unweighted.
 
-    answer         1 if the final answer is the row's: by the toy world's scorer where the row has a "skill" or "choices", so that
-                   it is the accuracy on held-out questions; else all values of "gt" must occur in it; else trainer/answers.py
-                   compares it with "answer" as maths
+    answer         1 if the final answer is the row's: by the toy world's scorer for its rows (with "skill" and "language"), so
+                   that it is the accuracy on held-out questions, and where "choices" are the texts that "answer" competes with;
+                   else all values of "gt" must occur in it; else trainer/answers.py compares it with "answer" as maths
     format         1 if the reply ended by itself, with a non-empty answer after at most one closed thought, and no stray mark
     think          1 if exactly one non-empty thought stands before a non-empty answer
-    length         minus the sampled tokens, in units of --max_new_tokens
-    overlong       from 0 to -1 over the last --overlong_buffer tokens before --max_new_tokens (Yu et al. 2025, "DAPO",
-                   equation 13)
+    length         minus the sampled tokens, of all replies of an episode, in units of --max_new_tokens
+    overlong       from 0 to -1 over the last --overlong_buffer tokens before --max_new_tokens, of the longest reply (Yu et al.
+                   2025, "DAPO", equation 13)
     repetition     minus the share of the sampled 3-grams of tokens that were there before
     tools          share of the row's "calls" that were made; where none is needed, 1 if none was tried, else 0
     valid_calls    share of the attempted calls that name a tool on offer and fit its arguments; 1 if there were none
@@ -24,6 +24,7 @@ The reward of a sample is the weighted sum of its parts; each part is logged by 
 import json
 import math
 import re
+from fractions import Fraction
 from itertools import groupby
 from typing import NamedTuple
 
@@ -70,16 +71,46 @@ def replies(sample):
 def answer(sample, limits):
     """1.0 if the final answer is the row's. ValueError if the row has none."""
     row, reply = sample.row, final_answer(sample)
-    if "answer" in row and ("skill" in row or "choices" in row):
+    if "answer" in row and (row.get("choices") or {"skill", "language"} <= row.keys()):
         return float(score(question_of_row({**row, "answer": str(row["answer"])}), reply))
     if row.get("gt"):
-        if not isinstance(row["gt"], list) or not all(isinstance(value, str) for value in row["gt"]):
-            raise ValueError(f'"gt" is {row["gt"]!r}: give a list of texts; for calls, take --rewards tools=1 in place of answer')
         return float(all(contains(reply, value) for value in row["gt"]))
-    if "answer" in row:
-        return float(is_right(str(row["answer"]), reply))
-    raise ValueError(f'neither "answer" nor "gt" among the keys {list(row)} of a row: nothing tells whether a reply is right. '
-                     "Add one of them, or give --rewards without answer")
+    return float(is_right(str(row["answer"]), reply))
+
+
+def check_row(row, names):
+    """ValueError "what is wrong. way out" unless these rewards can judge answers to a row of data."""
+    if "answer" in names:
+        answer, gt, choices = row.get("answer"), row.get("gt"), row.get("choices")
+        if gt and not (isinstance(gt, list) and all(isinstance(value, str) and value.strip() for value in gt)):
+            raise ValueError(f'"gt" is {gt!r}: give a list of texts; for calls, take --rewards tools=1 in place of answer')
+        if not gt and (isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip()):
+            what = f'"answer" is {answer!r}' if "answer" in row else f'neither "answer" nor "gt" among the keys {list(row)}'
+            raise ValueError(f"{what}: nothing tells whether a reply is right. Give a text or a number as \"answer\", or "
+                             "--rewards without answer")
+        if choices and str(answer) not in choices:
+            raise ValueError(f'"answer" is {answer!r}, which is not among the "choices" {choices!r}. Give the text of the right '
+                             'one, or another name than "choices"')
+    if {"tools", "valid_calls"} & set(names):
+        try:
+            tools_of(row)
+            needed_calls(row)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f'its tools or "calls" cannot be read ({type(error).__name__}: {error}). Tools are {{"type": '
+                             '"function", "function": {"name", "description", "parameters"}}, calls {"name", "arguments"}'
+                             ) from error
+
+
+def needed_calls(row):
+    """[(name, arguments)] of the calls that a row asks for."""
+    needed = row.get("calls") or [call for call in row.get("gt") or () if isinstance(call, dict)]
+    return [(call["name"], call["arguments"]) for call in needed]
+
+
+def runs_of(sample):
+    """The tokens of each reply, as lists: what stands between them the environment wrote."""
+    return [[token for token, _ in run] for is_sampled, run in groupby(zip(sample.tokens, sample.is_sampled), lambda x: x[1])
+            if is_sampled]
 
 
 def well_formed(sample, limits):
@@ -103,14 +134,13 @@ def length(sample, limits):
 
 def overlong(sample, limits):
     """DAPO's soft punishment (equation 13): 0 up to L_max - buffer tokens, then falling in a line to -1 at L_max."""
-    return max(-1.0, min(0, limits.max_new_tokens - limits.overlong_buffer - sum(sample.is_sampled)) / limits.overlong_buffer)
+    longest = max(map(len, runs_of(sample)), default=0)
+    return max(-1.0, min(0, limits.max_new_tokens - limits.overlong_buffer - longest) / limits.overlong_buffer)
 
 
 def repetition(sample, limits):
     """Minus the share of 3-grams that repeat an earlier one; none reaches over what the environment wrote."""
-    runs = [[token for token, _ in run] for is_sampled, run in groupby(zip(sample.tokens, sample.is_sampled), lambda x: x[1])
-            if is_sampled]
-    grams = [gram for run in runs for gram in zip(run, run[1:], run[2:])]
+    grams = [gram for run in runs_of(sample) for gram in zip(run, run[1:], run[2:])]
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
@@ -123,13 +153,13 @@ def attempted_calls(sample):
 
 def tools(sample, limits):
     """The share of the needed calls that were made, in any order. What they are: "calls", or calls in "gt"."""
-    needed = sample.row.get("calls") or [call for call in sample.row.get("gt") or () if isinstance(call, dict)]
+    needed = needed_calls(sample.row)
     made, broken = attempted_calls(sample)
     if not needed:
         return float(not made and not broken)
     offered = tools_of(sample.row)
     made = [as_compared(call, offered) for call in made]
-    return sum(as_compared((call["name"], call["arguments"]), offered) in made for call in needed) / len(needed)
+    return sum(as_compared(call, offered) in made for call in needed) / len(needed)
 
 
 def as_compared(call, offered):
@@ -146,6 +176,8 @@ def plain_value(value):
         return {key: plain_value(one) for key, one in value.items()}
     if isinstance(value, list):
         return [plain_value(one) for one in value]
+    if isinstance(value, float):
+        return Fraction(str(value)) if math.isfinite(value) else value
     if not isinstance(value, str):
         return value
     text = normalise(value).strip().casefold()

@@ -53,10 +53,10 @@ from trainer.policy import (
     token_sums,
 )
 from trainer.policy_losses import cispo_loss, clipped_loss, kl_estimate
-from trainer.rewards import Rewards, tools_of
+from trainer.rewards import Rewards, replies, tools_of
 from trainer.rollout import Sample, draw_seed, share_of
 from trainer.run import Run
-from trainer.value_tracker import SingleStream
+from trainer.value_tracker import SingleStream, check_success_rewards
 from trainer.weights import run_folder
 
 CLIP = {"grpo": (0.2, 0.2), "cispo": (1.0, 4.0), "spo": (0.2, 0.28)}  # ratios below 1 - low and above 1 + high
@@ -81,6 +81,8 @@ class AgentArgs(PolicyArgs):
             self.num_generations = 1 if self.loss_type == "spo" else 8
         super().check()
         check_positive(self, "tool_seconds", "max_turns")
+        if self.loss_type == "spo":
+            check_success_rewards(self)
         if (self.num_generations == 1) != (self.loss_type == "spo"):
             raise ValueError(f"--num_generations {self.num_generations} with --loss_type {self.loss_type}: spo has one episode "
                              "for each prompt, the others compare several")
@@ -158,9 +160,9 @@ def hold_episodes(episodes, dataset, items, rewards, run, args, step):
 
 def figures_of(samples, rollout):
     """`sample_figures`, and how many replies and calls an episode has."""
-    replies = [[message for message in sample.messages if message["role"] == "assistant"] for sample in samples]
-    calls = [sum(len(message.get("tool_calls", ())) for message in one) for one in replies]
-    return sample_figures(samples, rollout) | {"turns/mean": float(np.mean([len(one) for one in replies])),
+    said = [replies(sample) for sample in samples]
+    calls = [sum(len(message.get("tool_calls", ())) for message in one) for one in said]
+    return sample_figures(samples, rollout) | {"turns/mean": float(np.mean([len(one) for one in said])),
                                       "calls/mean": float(np.mean(calls))}
 
 

@@ -13,10 +13,11 @@ token's probability now to that with which it was sampled, the loss is PPO's cli
              prompts count no more than others (Liu et al. 2025)
     dapo     a mean over all tokens; a wider clip upwards; groups whose answers are all as good are replaced by others; with
              --rewards answer=1 overlong=1 answers near the longest length lose (Yu et al. 2025)
-    cispo    the weight w is clipped, not the loss, so no token loses its gradient: -clip(w, 0, high) A log pi (MiniMax 2025)
+    cispo    the weight w is clipped, not the loss, so no token loses its gradient: -min(w, 1 + high) A log pi (MiniMax 2025)
     gspo     one ratio for the whole answer, the geometric mean of its tokens' (Zheng et al. 2025)
 
-A group whose rewards are all the same says nothing: it is counted (degenerate_share) and left out, with --resample replaced.
+A group whose rewards are all the same says nothing: it is counted (degenerate_share) and left out of all means and deviations,
+also of --kl_weight's; with --resample others are drawn in its place.
 
     python trainer/train_grpo.py --from_weight out/quickstart/full_sft_tiny --optimizer muon --learning_rate 5e-4 \\
         --num_prompts 32 --max_steps 140

@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
 
 from trainer.arguments import arg, check_not_negative, check_positive, command, parse_args
@@ -52,8 +53,10 @@ from trainer.policy_losses import clipped_loss, kl_estimate
 from trainer.rewards import Rewards
 from trainer.rollout import answer_samples, draw_seed, share_of
 from trainer.run import Run
-from trainer.value_tracker import SingleStream
+from trainer.value_tracker import SingleStream, check_success_rewards
 from trainer.weights import run_folder
+
+AT_ONCE = 1024  # prompts, of the first answers
 
 
 @dataclass
@@ -70,21 +73,24 @@ class SPOArgs(PolicyArgs):
         super().check()
         check_not_negative(self, "initial_answers")
         check_positive(self, "clip_low", "clip_high")
+        check_success_rewards(self)
         if self.num_generations != 1:
             raise ValueError("--num_generations: this stage takes one answer to each prompt; leave it out, or take train_grpo.py")
 
 
 def first_values(stream, rollout, dataset, rewards, run, args):
-    """Begin the values with --initial_answers to every prompt; the ranks share the work."""
+    """Begin the values with --initial_answers to every prompt, some prompts after others; the ranks share the work."""
     n = args.initial_answers
-    asked = [(item, draw_seed(args.seed, "first", item, i)) for item in share_of(list(range(len(dataset))), run.ranks)
-             for i in range(n)]
     rollout.refresh()
-    samples = rate(answer_samples(rollout, dataset, [item for item, _ in asked], [seed for _, seed in asked],
-                                  args.max_new_tokens, args.thinking), rewards)
-    stream.last.remember(run.ranks.gather(samples[n - 1::n]))
-    totals = run.ranks.gather([sample.rewards["total"] for sample in samples])
-    stream.tracker.start(list(range(len(dataset))), torch.tensor(totals, dtype=torch.float64).view(-1, n))
+    for start in range(0, len(dataset), AT_ONCE):
+        items = list(range(len(dataset)))[start : start + AT_ONCE]
+        asked = [(item, draw_seed(args.seed, "first", item, i)) for item in share_of(items, run.ranks) for i in range(n)]
+        samples = rate(answer_samples(rollout, dataset, [item for item, _ in asked], [seed for _, seed in asked],
+                                      args.max_new_tokens, args.thinking), rewards)
+        stream.last.remember(run.ranks.gather(samples[n - 1::n]))
+        totals = run.ranks.gather([sample.rewards["total"] for sample in samples])
+        stream.tracker.start(items, torch.tensor(totals, dtype=torch.float64).view(-1, n))
+        run.say(f"first answers: {n} to each of {items[-1] + 1:,} of {len(dataset):,} prompts, worth {np.mean(totals):.3f}")
 
 
 def update(net, reference, micro_batches, num_tokens, run, args):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trainer.advantages import whiten
+from trainer.rewards import reward_weights
 from trainer.rollout import Sample
 
 EXPLORATION = 0.05  # weight that prompts have which are always or never solved
@@ -150,6 +151,17 @@ class LastAnswers:
         columns = [[part.tolist() for part in state[name].split(lengths)] for name in ("tokens", "is_sampled", "log_probs")]
         self.samples = {item: Sample({}, self.prompts[item], *parts, "", [], False, item)
                         for item, *parts in zip(state["items"].tolist(), *columns)}
+
+
+def check_success_rewards(args):
+    """ValueError for --rewards that are seen to go beyond 0 to 1 before any answer is, and for a batch of one."""
+    weights = reward_weights(args)
+    outside = [name for name, weight in weights.items() if weight < 0 or name in ("length", "overlong", "repetition")]
+    if outside or sum(weights.values()) > 1 + SLACK:
+        raise ValueError(f"--rewards {' '.join(args.rewards)}: SPO counts rewards as shares of a success, from 0 to 1. Give "
+                         "parts that are not negative, with weights that sum to 1, or take train_grpo.py, which bears any")
+    if args.num_prompts < 2:
+        raise ValueError("--num_prompts 1: one answer cannot be compared with the others of its step; give 2 or more")
 
 
 def shares_of_success(rewards):

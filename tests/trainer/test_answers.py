@@ -26,7 +26,9 @@ LATEX_PAIRS = [  # as the rows of MATH spell them
     ("72", "48 + 24 = 72\n#### 72"), ("48 + 24 = 72\n#### 72", "72"), ("so it is \\boxed{7}", "7"),
     ("12", "It costs $12."), ("12", "The answer is 12 because 3 x 4 is that."), ("5", "\\boxed{5 cm}"),
     ("7", "first \\boxed{6}, no, \\boxed{7}"), ("5", "\\boxed{5"), ("Paris", "The capital of France is Paris."),
-    ("Paris", "the answer is paris"), ("A", "The answer is A."), ("北京", "是北京。"), *LATEX_PAIRS,
+    ("Paris", "the answer is paris"), ("A", "The answer is A."), ("北京", "是北京。"),
+    ("2024-12-25", "The answer is 2024-12-25."), ("12/25/2024", "12/25/2024"), ("10-20", "\\boxed{10-20}"), ("3-1", "3-1"),
+    ("yes", "No doubt: yes."), ("False", "It is false."), *LATEX_PAIRS,
 ])  # fmt: skip
 def test_right_answers(answer, reply):
     assert is_right(answer, reply)
@@ -39,7 +41,8 @@ def test_right_answers(answer, reply):
     ("3", "\\boxed{}"), ("7", "\\boxed{6} or 7"), ("385_9", "3859"), ("2\\pi", "2"), ("9\\text{ a.m.}", "9"),
     ("12", "#### 13, not 12"), ("Paris", "Parisian"), ("A", "a banana"), ("(8,4,2)", "(8,4,3)"), ("(8,4,2)", "8"),
     ("x^2", "x^3"), ("5", "9" * 5000), ("5", "1/" + "9" * 5000), ("5", "百分之" + "9" * 5000), ("5", "万" * 2000),
-    ("x", "\\boxed{" * 3000),
+    ("x", "\\boxed{" * 3000), ("2024-12-25", "1987"), ("12/25/2024", "2024"), ("10-20", "10"), ("yes", "yes or no"),
+    ("False", "false, true"), ("true", "False."),
 ])  # fmt: skip
 def test_wrong_answers(answer, reply):
     assert not is_right(answer, reply)

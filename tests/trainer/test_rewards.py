@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dataset.toy_scorer import assistant_message, score
 from dataset.toy_world import question_of_row, write_world
-from trainer.rewards import Rewards
+from trainer.rewards import Rewards, check_row, plain_value
 from trainer.train_reason import keeps_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def test_answers_of_the_toy_world_count_as_in_its_held_out_questions(rewards, tm
 
 
 @pytest.mark.parametrize(("row", "right", "wrong"), [
-    ({"answer": "5", "skill": "arithmetic"}, ["5", "２ + 3 = ５", "五"],
+    ({"answer": "5", "skill": "arithmetic", "language": "en"}, ["5", "２ + 3 = ５", "五"],
      ["", "6", "<think>5", "<think>5</think>", "<think>5</think>6"]),
     ({"answer": "Red", "choices": ["Red", "Blue"]}, ["Not blue but red."], ["Red or blue"]),
     ({"gt": ["7", "Rome"]}, ["Rome has 7.", "七 in rome"], ["Rome has 17.", "7", "<think>7 Rome</think>no"]),
@@ -120,7 +120,7 @@ def test_answer(row, right, wrong, worth):
 
 
 def test_a_guess_within_a_call_is_no_answer(worth):
-    row = tool_row(("calculator", {"expression": "12 + 30"}), answer="42", gt=["42"], skill="tools")
+    row = tool_row(("calculator", {"expression": "12 + 30"}), answer="42", gt=["42"], skill="tools", language="en")
     guess = call_text("calculator", expression="42")
     assert worth("answer", guess, row) == 0 and worth("answer", f"It is 42.{guess}", row) == 1
     del row["skill"], row["answer"]
@@ -162,7 +162,7 @@ def test_lengths(worth):
         assert worth("overlong", "", overlong_buffer=4, **fields) == pytest.approx(overlong)
     mixed = dict(tokens=[5] * 8, is_sampled=[True] * 3 + [False] * 4 + [True])  # what tools wrote is not the model's
     assert worth("length", "", **mixed) == pytest.approx(-0.4)
-    assert worth("overlong", "", overlong_buffer=8, **mixed) == pytest.approx(-0.25)
+    assert worth("overlong", "", overlong_buffer=8, **mixed) == pytest.approx(-0.125)  # the longest reply has 3
 
 
 @pytest.mark.parametrize(("tokens", "is_sampled", "value"), [
@@ -233,10 +233,40 @@ def test_an_overlong_buffer_without_effect_is_refused(rewards):
         rewards("answer=1", overlong_buffer=4)
 
 
-def test_rows_that_nobody_can_judge(worth):
-    with pytest.raises(ValueError, match=re.escape("neither \"answer\" nor \"gt\" among the keys ['conversations', 'solution']")):
-        worth("answer", "5", {"solution": "5"})
-    with pytest.raises(ValueError, match="give a list of texts; for calls, take --rewards tools=1"):
-        worth("answer", "5", {"gt": [{"name": "book", "arguments": {}}]})
-    with pytest.raises(ValueError, match="give a list of texts"):
-        worth("answer", "5", {"gt": "5"})
+CALLS = [{"type": "function", "function": {"name": "book", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(("names", "row", "message"), [
+    (["answer"], {"solution": "5"}, "neither \"answer\" nor \"gt\" among the keys ['conversations', 'solution']"),
+    (["answer"], {"gt": [{"name": "book", "arguments": {}}]}, "give a list of texts; for calls, take --rewards tools=1"),
+    (["answer"], {"gt": "5"}, "give a list of texts"), (["answer"], {"gt": ["5", " "]}, "give a list of texts"),
+    (["answer"], {"answer": None}, '"answer" is None: nothing tells'), (["answer"], {"answer": ["5"]}, "\"answer\" is ['5']"),
+    (["answer"], {"answer": " "}, "Give a text or a number"), (["answer"], {"answer": True}, '"answer" is True'),
+    (["answer"], {"answer": 1, "choices": ["Rome", "Paris"]}, "which is not among the \"choices\" ['Rome', 'Paris']"),
+    (["tools"], {"calls": CALLS}, "(KeyError: 'name'). Tools are"),
+    (["valid_calls"], {"tools": '[{"description": "x"}]'}, "KeyError"),
+])  # fmt: skip
+def test_rows_that_nobody_can_judge(names, row, message):
+    row = {"conversations": [{"role": "system", "content": "", "tools": row.pop("tools", "")}], **row}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_row(row, names)
+    check_row(row, ["format", "length"])
+
+
+@pytest.mark.parametrize("row", [
+    {"answer": 0.5, "skill": "algebra"}, {"gt": ["5"]}, {"answer": "Rome", "choices": ["Rome"]},
+    {"answer": "5", "choices": None}])
+def test_rows_that_can_be_judged(row):
+    check_row({"conversations": [{"role": "user", "content": "?"}], **row}, ["answer", "tools", "valid_calls"])
+
+
+def test_a_column_of_the_users_own_does_not_change_how_an_answer_is_compared(worth):
+    assert worth("answer", "0.5", {"answer": "\\frac{1}{2}", "skill": "algebra"}) == 1
+    tools = [{"type": "function", "function": {"name": "book", "description": "", "parameters": {}}}]
+    row = {"answer": "5", "skill": "x", "language": "en", "conversations": [{"role": "system", "content": "", "tools": tools}]}
+    assert worth("answer", "5", row) == 1  # a list of tools, not its text
+
+
+def test_numbers_in_texts_are_numbers():
+    assert plain_value({"a": ["0.1", "5", "1e999"]})["a"][:2] == plain_value({"a": [0.1, 5]})["a"]
+    assert plain_value(0.2) != plain_value("0.1") and plain_value(float("inf")) == float("inf")

@@ -410,7 +410,7 @@ def test_a_loss_type_stands_for_its_flags_unless_they_are_given(flags):
 def test_a_row_that_cannot_be_judged_is_named(flags, tmp_path):
     command = flags(rewards=None, val_share=0)
     (tmp_path / "prompts.jsonl").write_text('{"conversations": [{"role": "user", "content": "1"}]}\n' * 3)
-    with pytest.raises(ValueError, match=r'neither "answer" nor "gt" among the keys .*or give --rewards without answer'):
+    with pytest.raises(ValueError, match=r'prompts.jsonl:1: neither "answer" nor "gt" among the keys .*or --rewards without'):
         train_grpo.main(command)
 
 

@@ -222,9 +222,17 @@ def test_a_step_of_more_prompts_than_there_are_is_refused_before_any_is_answered
     assert not first
 
 
+@pytest.mark.parametrize("rewards", [["answer=1", "length=0.1"], ["answer=-1"], ["answer=1", "format=0.2"]])
+def test_rewards_beyond_a_success_are_refused_before_any_answer(rewards, flags, capsys):
+    with pytest.raises(SystemExit):
+        train_spo.main([*flags(rewards=None), "--rewards", *rewards])
+    assert "shares of a success, from 0 to 1. Give parts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong, message", [
     ({"initial_answers": -1}, "--initial_answers -1: give 0 or more"), ({"clip_low": 0}, "--clip_low 0.0: give more than 0"),
     ({"clip_high": -0.1}, "--clip_high -0.1: give more than 0"), ({"num_prompts": 0}, "--num_prompts 0: give more than 0"),
+    ({"num_prompts": 1}, "--num_prompts 1: one answer cannot be compared"),
     ({"num_generations": 4}, "this stage takes one answer to each prompt; leave it out, or take train_grpo.py")])
 def test_flags_out_of_range_are_refused(wrong, message, flags, capsys):
     with pytest.raises(SystemExit):
