@@ -26,7 +26,7 @@ from trainer.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}
-CLOCK = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gb")
+CLOCK = ("seconds", "tokens_per_second", "data_wait_share", "rollout_share", "peak_memory_gb")
 
 
 def figures(folder):

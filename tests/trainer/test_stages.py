@@ -23,7 +23,7 @@ def losses(folder):
 
 def figures(folder):
     """The lines of metrics.jsonl without what depends on the clock and the machine."""
-    clock = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gb")
+    clock = ("seconds", "tokens_per_second", "data_wait_share", "rollout_share", "peak_memory_gb")
     return [{name: x for name, x in row.items() if name not in clock} for row in read_metrics(folder / "metrics.jsonl")]
 
 
