@@ -113,7 +113,7 @@ class Bench:
         path = Path(self.args.save_dir) / "data" / f"{name}.jsonl"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(dump_row(row) + "\n" for row in make()), encoding="utf-8")
+            path.write_text("".join(map(dump_row, make())), encoding="utf-8")
         return path
 
     def pairs(self, split, count):

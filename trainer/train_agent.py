@@ -7,14 +7,15 @@ sampled after the very tokens of the earlier ones, not after their text tokenize
 of the sequence which is trained on. Advantages and losses are those of train_grpo.py (grpo, cispo), or of train_spo.py with one
 episode for each question (spo); all of an update's tokens count the same.
 
-    python trainer/train_agent.py --from_weight out/quickstart/full_sft_tiny --max_steps 40
+    python trainer/train_agent.py --from_weight out/quickstart/full_sft_tiny --max_steps 4      # a minute on a CPU
     python trainer/train_agent.py --from_weight out/quickstart/full_sft_tiny --loss_type spo --num_prompts 128
     python trainer/train_agent.py --from_weight full_sft --tools my_tools.py --data_path questions.jsonl --tool_seconds 5
 
 Tools are Python functions (dataset/tools.py says how to write them), run with a time limit; the default are the toy world's. Rows
 are {"conversations": [system message with "tools", question], "gt": [values of the answer], "calls": [calls that are needed]}.
 What to look at: reward/tools, the share of the needed calls that were made, beside reward/answer; turns/mean beside what the
-questions need.
+questions need. From a model that guesses where it should call, 20 steps took held-out questions of one call from 41 to 96% and
+those of two from 11 to 85% in five minutes (docs/LOG.md; scripts/ladder.py --rungs agent).
 """
 
 import sys

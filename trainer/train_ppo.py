@@ -11,13 +11,15 @@ probabilities now and when the token was sampled, the policy's loss is -min(w A,
 the squared error, clipped likewise (Schulman et al. 2017, eq. 7 and 9). A step's answers serve for --update_epochs x
 --num_minibatches updates, or until the policy has moved by more than --target_kl from the one that has answered.
 
-    python trainer/train_ppo.py --from_weight out/quickstart/full_sft_tiny --max_steps 60
+    python trainer/train_ppo.py --from_weight out/quickstart/full_sft_tiny --max_steps 10       # a minute on a CPU
     python trainer/train_ppo.py --from_weight out/quickstart/full_sft_tiny --kl_weight 0.02 --rewards answer=1 format=0.2
     python trainer/train_ppo.py --from_weight full_sft --data_path prompts.jsonl --kl_weight 0.05 \\
         --rewards model:out/reward_minimind-3=1
 
 What to look at: critic/explained_variance, which begins at 0, since the critic knows nothing yet; reward/answer, of what is
-sampled, and val_reward/answer on held-out prompts. A policy that runs away shows in kl/update and stopped_early.
+sampled, and val_reward/answer on held-out prompts: from a model that mostly leaves out the steps, 40 steps took the toy world's
+from 53 to 78% in five minutes (docs/LOG.md; scripts/ladder.py --rungs ppo). A policy that runs away shows in kl/update and
+stopped_early.
 """
 
 import copy
