@@ -16,7 +16,7 @@ from tests.trainer.prompt_rows import folder_of, policy_flags, write_policy
 from tests.trainer.ranks import run_ranks
 from trainer import loop, train_agent, train_full_sft
 from trainer.arguments import parse_args
-from trainer.rollout import Answer, draw_seed
+from trainer.rollout import Answer, Stopwatch, draw_seed
 from trainer.train_agent import AgentArgs, Episodes
 
 TOOLS = """import time
@@ -89,7 +89,7 @@ class Script:
     """A rollout that says what `reply(prompt as text, seed)` returns: a text, or (text, False) for one that was cut."""
 
     def __init__(self, tokenizer, reply):
-        self.tokenizer, self.reply, self.asked = tokenizer, reply, []
+        self.tokenizer, self.reply, self.asked, self.watch = tokenizer, reply, [], Stopwatch()
 
     def refresh(self, now=False):
         """There are no weights."""
