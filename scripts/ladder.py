@@ -152,9 +152,9 @@ def main(argv=None):
           .replace(f"{ROOT}/", ""))
     picture = Path(args.save_dir) / "ladder.png"
     draw(rows, picture, len(args.seeds))
+    if compared := [name for name in args.rungs if name in RL_RUNGS and name != "agent"]:  # whose questions are others
+        draw_curves(args.save_dir, compared, args.seeds, picture.with_name("rl_curves.png"))
     print(f"drawn in {picture.parent}".replace(f"{ROOT}/", ""))
-    if compared := [name for name in args.rungs if name in RL_RUNGS and name != "agent"]:
-        draw_curves(args.save_dir, compared, args.seeds, Path(args.save_dir) / "rl_curves.png")
     if args.json:
         write_json(args.json, {"from_weight": str(bench.base), "seeds": args.seeds, "rows": rows})
 

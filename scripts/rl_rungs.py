@@ -23,10 +23,11 @@ COMMON = ["--max_new_tokens", 80, "--learning_rate", 1e-4, "--warmup_share", 0.1
 
 
 def habit_rows(world):
-    """Half of the rows of fine-tuning with their steps left out in CURT of them, and tool calls, GUESSED of them left out."""
+    """Half of fine-tuning's rows, CURT of them without their steps, and more with tools, GUESSED of them without the calls."""
+    counts = {skill: count // 2 for skill, count in world.level.sft_rows.items()} | {"tools": 2000, "two_cities": 800}
     rng, rows = random.Random(0), []
-    for skill, count in {**world.level.sft_rows, "tools": 4000, "two_cities": 1600}.items():
-        for item in world.items("sft", skill, "train", count // 2):
+    for skill, count in counts.items():
+        for item in world.items("sft", skill, "train", count):
             turn = item.turns[0]
             if item.tools and rng.random() < GUESSED:
                 item = replace(item, turns=(replace(turn, calls=(), reply=item.wrong),))

@@ -85,7 +85,7 @@ def first_values(stream, rollout, dataset, rewards, run, args):
     n = args.initial_answers
     rollout.refresh()
     for start in range(0, len(dataset), AT_ONCE):
-        items = list(range(len(dataset)))[start : start + AT_ONCE]
+        items = list(range(start, min(start + AT_ONCE, len(dataset))))
         asked = [(item, draw_seed(args.seed, "first", item, i)) for item in share_of(items, run.ranks) for i in range(n)]
         samples = rate(answer_samples(rollout, dataset, [item for item, _ in asked], [seed for _, seed in asked],
                                       args.max_new_tokens, args.thinking), rewards)
