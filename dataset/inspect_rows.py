@@ -1,4 +1,5 @@
-"""Show the sequences of a dataset as text, with what is trained on in colour: the first look at any new data.
+"""Show the sequences of a dataset as text, the trained tokens in colour: the first look at any new
+data.
 
     python dataset/lm_dataset.py --inspect my_data.jsonl --rows 3 --max_seq_len 512
 """
@@ -12,19 +13,31 @@ import sys
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-from dataset.jsonl import find_shards, read_rows
-from dataset.lm_dataset import BAD_ROWS, ROOT, PretrainDataset, SFTDataset
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from dataset.files.jsonl import find_shards, read_rows
+from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, pack
 from dataset.pair_dataset import PairDataset
+from dataset.token_dataset import BAD_ROWS, TokenDataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STAGES = {"pretrain": PretrainDataset, "sft": SFTDataset, "pairs": PairDataset}
 
 
-def show_rows(dataset, tokenizer, count: int, out=None) -> None:
-    """Print the first `count` sequences of a dataset as text, then its report and the waste of packing it.
+def show_rows(
+    dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, count: int, out: TextIO | None = None
+) -> None:
+    """Print the first `count` sequences of a dataset as text, then its report and the padding of
+    its packing.
 
-    What is trained on is green on a terminal; elsewhere, or with NO_COLOR set, it stands in ⟦ ⟧.
+    Targets are green on a terminal; elsewhere, or with NO_COLOR set, they stand in ⟦ ⟧.
     """
     out = out or sys.stdout
     colour = out.isatty() and not os.environ.get("NO_COLOR")
@@ -40,11 +53,12 @@ def show_rows(dataset, tokenizer, count: int, out=None) -> None:
         print(file=out)
     print("---", file=out)
     print(dataset.report, file=out)
-    print(f"packed in rows of {dataset.max_seq_len}: {packing_waste(dataset):.2%} padding", file=out)
+    padding = padding_ratio(dataset)
+    print(f"packed in batch rows of {dataset.max_seq_len}: {padding:.2%} padding", file=out)
 
 
-def packing_waste(dataset) -> float:
-    """Return the share of positions that are padding when the dataset is packed in rows of its max_seq_len."""
+def padding_ratio(dataset: TokenDataset) -> float:
+    """Return the ratio of padding when the dataset is packed in batch rows of its max_seq_len."""
     num_rows = len(pack(dataset.lengths, dataset.max_seq_len, seed=0, epoch=0))
     return 1 - int(dataset.lengths.sum()) / (num_rows * dataset.max_seq_len)
 
@@ -54,28 +68,45 @@ def _stage_of(path: str) -> str:
     return "sft" if "conversations" in row else "pairs" if "chosen" in row else "pretrain"
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line of `dataset/lm_dataset.py`."""
-    parser = argparse.ArgumentParser(description="Show what a data file becomes in training.")
-    parser.add_argument("--inspect", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.xz")
+    parser = argparse.ArgumentParser(
+        description="Show the sequences that a data file becomes in training."
+    )
+    parser.add_argument(
+        "--inspect", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.xz"
+    )
     parser.add_argument("--stage", choices=STAGES, help="default: by the first row")
     parser.add_argument("--rows", type=int, default=3, help="sequences to print")
     parser.add_argument("--max_seq_len", type=int, default=512)
     parser.add_argument("--bad_rows", choices=BAD_ROWS, default="stop")
     parser.add_argument("--tokenizer", default=str(ROOT / "model"), help="folder")
     parser.add_argument("--cache_dir", help="default: dataset/cache")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics there too")
     args = parser.parse_args(argv)
-    from transformers import AutoTokenizer  # seconds: not before the arguments are known to be good
+    # seconds: not before the arguments are known to be good
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     try:
         dataset = STAGES[args.stage or _stage_of(args.inspect)](
-            args.inspect, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, cache_dir=args.cache_dir)
+            args.inspect,
+            tokenizer,
+            args.max_seq_len,
+            bad_rows=args.bad_rows,
+            cache_dir=args.cache_dir,
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")
     show_rows(dataset, tokenizer, args.rows)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        figures = {**asdict(dataset.report), "padding_share": packing_waste(dataset), "fingerprint": dataset.fingerprint}
-        Path(args.json).write_text(json.dumps(figures, ensure_ascii=False, indent=1), encoding="utf-8")
+        metrics = asdict(dataset.report)
+        metrics |= {"padding_ratio": padding_ratio(dataset), "fingerprint": dataset.fingerprint}
+        Path(args.json).write_text(
+            json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()

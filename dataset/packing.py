@@ -1,29 +1,49 @@
-"""Lay sequences of all lengths into rows of one length, so that almost nothing that is computed is padding.
+"""Pack sequences of all lengths into batch rows of one length, so that almost no padding is
+computed.
 
-A row holds several whole sequences. Each is a document of its own: `position_ids` restart at 0, which is also how the
-attention knows not to look across, and the first label of each is -100, so nothing is predicted across the border.
+A batch row holds several whole sequences. Each is a document of its own: `position_ids` restart at
+0, by which the attention knows not to look across, and the first label of each is -100, so nothing
+is predicted across the border.
 
-Shapes: `B` rows of a micro-batch, `T` tokens of a row.
+Shapes: `B` batch rows, `T` tokens of a batch row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100  # the label that the loss skips, by the convention of Hugging Face
 ROUND_TO = 64  # T is a multiple of this: few distinct shapes for a compiler, whole tiles for a GPU
-PACK_BLOCK = 1 << 16  # sequences packed at a time: 20 MB of Python numbers; fewer would leave more padding
+# sequences packed at a time: 20 MB of Python numbers; fewer would leave more padding
+PACK_BLOCK = 1 << 16
+
+
+class Sequences(Protocol):
+    """A data set: `dataset[i]` is {"input_ids", "labels"}, each of `lengths[i]` tokens."""
+
+    lengths: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
 class PackedRows(Sequence):
-    """Rows of sequence indices, kept flat: `rows[i]` is the list of those in row i. 4 bytes a sequence, 8 a row."""
+    """Batch rows as sequence indices, kept flat: `rows[i]` is the list of those in row i.
+
+    order: uint32 [N], row after row. ends: int64 [R], where each row ends in `order`.
+    """
 
     def __init__(self, order: np.ndarray, ends: np.ndarray):
-        self.order, self.ends = order, ends  # uint32 [N], row after row; int64 [R], where each row ends in `order`
+        self.order, self.ends = order, ends
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -31,21 +51,24 @@ class PackedRows(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        end = int(self.ends[index])  # IndexError at the end is what ends an iteration
+        end = int(self.ends[index])  # the IndexError at the end stops an iteration
         index %= len(self)
         return self.order[int(self.ends[index - 1]) if index else 0 : end].tolist()
 
 
-def pack(lengths, capacity: int, seed: int, epoch: int) -> PackedRows:
-    """Rows of sequence indices that together hold every sequence exactly once, in an order from (seed, epoch) alone.
+def pack(lengths: ArrayLike, capacity: int, seed: int, epoch: int) -> PackedRows:
+    """Batch rows that together hold every sequence exactly once, in an order from (seed, epoch)
+    alone.
 
-    The shuffled sequences are packed in blocks of PACK_BLOCK, which bounds the memory that this takes beyond its result.
-    ValueError if a sequence is empty or longer than `capacity`.
+    The shuffled sequences are packed in blocks of PACK_BLOCK, which bounds the memory. ValueError
+    if a sequence is empty or longer than `capacity`.
     """
     lengths = np.asarray(lengths)
     if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"sequences of {lengths.min()} to {lengths.max()} tokens do not fit rows of {capacity} tokens. "
-                         "Encode the data with the max_seq_len that it is trained with.")
+        raise ValueError(
+            f"sequences of {lengths.min()} to {lengths.max()} tokens do not fit rows of {capacity} "
+            "tokens. Encode the data with the max_seq_len that it is trained with."
+        )
     rng = np.random.default_rng([seed, epoch])
     order = np.arange(lengths.size, dtype=np.uint32)
     rng.shuffle(order)
@@ -62,15 +85,16 @@ def pack(lengths, capacity: int, seed: int, epoch: int) -> PackedRows:
 def _pack_block(lengths: list[int], capacity: int) -> list[list[int]]:
     """Rows of indices into `lengths`, whose order is random.
 
-    Each row begins with the longest sequence left, takes random ones as long as any would fit, and ends with the
-    longest that fit into what remains. Against best-fit decreasing, which stacks equal lengths on each other, this
-    wastes about a third on short sequences, and a row is a mixed sample of the data. Linear in the number of
-    sequences.
+    Each row begins with the longest sequence left, takes random ones as long as any would fit, and
+    ends with the longest that fit into the rest. Compared with best-fit decreasing, which stacks
+    equal lengths on each other, this wastes about a third on short sequences, and a row is a mixed
+    sample of the data. Linear in the number of sequences.
     """
     waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # by length, each in random order
     for index in range(len(lengths) - 1, -1, -1):
         waiting[lengths[index]].append(index)
-    present = 0  # bit n is set while a sequence of n tokens waits: the longest under a bound is one bit operation
+    # bit n is set while n tokens wait: the longest under a bound is one bit operation
+    present = 0
     for length, indices in enumerate(waiting):
         present |= bool(indices) << length
 
@@ -97,13 +121,18 @@ def _pack_block(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def collate(rows, capacity: int, num_rows: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """One micro-batch from rows of sequences: `input_ids`, `labels`, `position_ids`, int64 [B, T].
+def collate(
+    rows: list[list[dict]], capacity: int, num_rows: int, pad_id: int
+) -> dict[str, torch.Tensor]:
+    """One micro-batch from lists of sequences: `input_ids`, `labels`, `position_ids`, int64 [B, T].
 
-    `rows` is a list of lists of `{"input_ids", "labels"}`; rows missing up to `num_rows` are all padding. T is the
-    longest row, rounded up to a multiple of 64, at most `capacity`. The unused end of a row is a document of padding:
-    positions from 0, labels -100. Labels are not shifted (the model does that).
+    A sequence is `{"input_ids", "labels"}`; rows missing up to `num_rows` are all padding. T is the
+    longest row, rounded up to a multiple of 64, at most `capacity`. The unused end of a row is a
+    document of padding: positions from 0, labels -100. Labels are not shifted (the model does
+    that).
     """
+    import torch  # seconds, which an --inspect need not wait for
+
     used = [sum(len(sequence["input_ids"]) for sequence in row) for row in rows]
     longest = max(used, default=0)
     assert len(rows) <= num_rows and longest <= capacity
@@ -122,58 +151,87 @@ def collate(rows, capacity: int, num_rows: int, pad_id: int) -> dict[str, torch.
             position_ids[b, start:end] = count[: end - start]
             start = end
         position_ids[b, start:] = count[: T - start]
-    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(position_ids)}
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(position_ids),
+    }
 
 
 def cut(rows: list, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list]:
-    """The micro-batches of a rank: its share of a step's rows, in parts of at most `batch_size` and about the same size.
+    """The micro-batches of a rank: its part of a step's rows, cut into at most `batch_size` and
+    about the same size.
 
-    Shares differ by one row at most. Every rank gets the same number of parts, an empty one where it has no row.
+    Ranks differ by one row at most. Each gets the same number of micro-batches, an empty one where
+    it has no row.
     """
-    largest_share = -(-len(rows) // world_size)
-    num_micro_batches = -(-largest_share // batch_size)
+    most_rows = -(-len(rows) // world_size)
+    num_micro_batches = -(-most_rows // batch_size)
     mine = np.array_split(np.arange(len(rows)), world_size)[rank]
     return [[rows[i] for i in part] for part in np.array_split(mine, num_micro_batches)]
 
 
 class PackedBatches:
-    """The optimizer steps of a run: item `step` is the list of all micro-batches of that step for this rank.
+    """The optimizer steps of a run: item `step` is the list of all micro-batches of that step for
+    this rank.
 
-    A step is `rows_per_step` consecutive rows of the epoch's packing, by default `batch_size * accumulation_steps *
-    world_size`. Rank r takes the r-th share of them, and cuts it into micro-batches of at most `batch_size` rows, all of
-    about the same size. So the same sequences form a step however they are split; a run that goes on with another
-    number of ranks passes the `rows_per_step` that it began with. The last step of an epoch may have fewer rows: an
-    epoch trains on every sequence exactly once, and every rank gets the same number of micro-batches (one of padding
-    alone where it has no row).
+    A step is `rows_per_step` consecutive batch rows of the epoch's packing, by default `batch_size
+    * accumulation_steps * world_size`. Rank r takes the r-th part of them, and cuts it into
+    micro-batches of at most `batch_size` rows, all of about the same size. So the same sequences
+    form a step however they are split; a run that resumes with another number of ranks passes the
+    `rows_per_step` that it began with. The last step of an epoch may have fewer rows: an epoch
+    trains on every sequence exactly once, and every rank gets the same number of micro-batches (one
+    of padding alone where it has no row).
 
-    `dataset` needs `lengths` (an array) and `dataset[i] -> {"input_ids", "labels"}`. `max_steps` ends the run early.
-    Nothing but (seed, epoch, step) decides what a step holds, so a run resumes at any step without replaying, and the
-    processes of a `DataLoader(batches, batch_size=None, sampler=range(first, len(batches)))` read ahead of the model.
+    `max_steps` ends the run early. (seed, epoch, step) alone decide the content of a step, so a run
+    resumes at any step without replaying, and the processes of a `DataLoader(batches,
+    batch_size=None, sampler=range(first, len(batches)))` read ahead of the model.
     """
 
-    def __init__(self, dataset, *, batch_size: int, accumulation_steps: int, max_seq_len: int, seed: int, epochs: int,
-                 rank: int = 0, world_size: int = 1, pad_id: int, max_steps: int | None = None,
-                 rows_per_step: int | None = None):
-        for name, value in (("batch_size", batch_size), ("accumulation_steps", accumulation_steps),
-                            ("epochs", epochs), ("max_steps", 1 if max_steps is None else max_steps)):
+    def __init__(
+        self,
+        dataset: Sequences,
+        *,
+        batch_size: int,
+        accumulation_steps: int,
+        max_seq_len: int,
+        seed: int,
+        epochs: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pad_id: int,
+        max_steps: int | None = None,
+        rows_per_step: int | None = None,
+    ):
+        """Its many arguments are flags of the run, so each is given by its name."""
+        for name, value in (
+            ("batch_size", batch_size),
+            ("accumulation_steps", accumulation_steps),
+            ("epochs", epochs),
+            ("max_steps", 1 if max_steps is None else max_steps),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}. Give 1 or more.")
         if rows_per_step is None:
             rows_per_step = batch_size * accumulation_steps * world_size
         if rows_per_step < world_size:
-            raise ValueError(f"a step of {rows_per_step} rows leaves some of {world_size} processes without work. Start at "
-                             f"most {rows_per_step} processes, or a new run with a larger batch_size.")
+            raise ValueError(
+                f"a step of {rows_per_step} rows leaves some of {world_size} processes without "
+                f"work. Start at most {rows_per_step} processes, or a new run with a larger "
+                "batch_size."
+            )
         if not len(dataset):
-            raise ValueError("the dataset holds no sequence to train on. Give more data, or keep less of it for "
-                             "validation.")
+            raise ValueError(
+                "the dataset holds no sequence to train on. Give more data, or keep less of it for "
+                "validation."
+            )
         assert 0 <= rank < world_size
         self.dataset, self.capacity, self.seed, self.pad_id = dataset, max_seq_len, seed, pad_id
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.rows_per_step = rows_per_step
-        self._packed: tuple[int, PackedRows | None] = (-1, None)  # the epoch packed last, and its rows
-        self._epoch_ends: list[int] = []  # the first step after each epoch; packings differ by a row or two
-        self.padding_share = 0.0
+        self._packed: tuple[int, PackedRows | None] = -1, None  # the last packed epoch, its rows
+        # the first step after each epoch; packings differ by a row or two
+        self._epoch_ends: list[int] = []
         for epoch in range(epochs):
             first = self._epoch_ends[-1] if self._epoch_ends else 0
             if max_steps is not None and first >= max_steps:
@@ -181,16 +239,22 @@ class PackedBatches:
             rows = self.rows(epoch)
             if epoch == 0:
                 first_packed = self._packed
-                self.padding_share = 1 - int(np.sum(dataset.lengths, dtype=np.int64)) / (len(rows) * self.capacity)
+                used = int(np.sum(dataset.lengths, dtype=np.int64))
+                self.padding_ratio = 1 - used / (len(rows) * self.capacity)
             self._epoch_ends.append(first + -(-len(rows) // self.rows_per_step))
-        self._packed = first_packed  # the one that is needed next, also by processes that are forked from this one
+        # the one that is needed next, also by processes that are forked from this one
+        self._packed = first_packed
         self._num_steps = min(self._epoch_ends[-1], max_steps or self._epoch_ends[-1])
 
     def __len__(self) -> int:
         return self._num_steps
 
+    def describe(self) -> str:
+        """How well the sequences are packed, for the user."""
+        return f"{self.padding_ratio:.1%} of the positions are padding"
+
     def rows(self, epoch: int) -> PackedRows:
-        """All rows of an epoch as sequence indices, in training order."""
+        """All batch rows of an epoch as sequence indices, in training order."""
         if self._packed[0] != epoch:
             self._packed = epoch, pack(self.dataset.lengths, self.capacity, self.seed, epoch)
         return self._packed[1]
@@ -205,9 +269,13 @@ class PackedBatches:
         epoch = self.epoch_of(step)
         begin = (step - (self._epoch_ends[epoch - 1] if epoch else 0)) * self.rows_per_step
         rows = self.rows(epoch)[begin : begin + self.rows_per_step]
-        return [self._micro_batch(part) for part in cut(rows, self.batch_size, self.rank, self.world_size)]
+        return [
+            self.micro_batch(part)
+            for part in cut(rows, self.batch_size, self.rank, self.world_size)
+        ]
 
-    def _micro_batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    def micro_batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """The tensors of some batch rows, given as sequence indices."""
         sequences = [[self.dataset[index] for index in row] for row in rows]
         return collate(sequences, self.capacity, max(1, len(rows)), self.pad_id)
 

@@ -1,76 +1,102 @@
-"""Preference pairs: rows -> token trees in which two answers share their prompt, and batches of such trees.
+"""Preference pairs: rows -> token trees in which two answers share their prompt, and batches of
+such trees.
 
-A pair is one sequence: the prompt, the chosen answer, the rejected one. Both answers go on where the prompt ends, in
-their positions too, and neither sees the other. So the prompt is computed once, and its gradient is that of both sides.
+A pair is one sequence: the prompt, the chosen answer, the rejected one. Both answers continue where
+the prompt ends, in their positions too, and neither sees the other. So the prompt is computed once,
+and its gradient is that of both sides.
 
-Shapes: `B` rows of a micro-batch, `T` tokens of a row, `N` trees, `M` scored tokens.
+Shapes: `B` batch rows, `T` tokens of a batch row, `N` trees, `M` scored tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
-from dataset import token_cache
-from dataset.chat_format import check_conversation, encode_conversation
-from dataset.lm_dataset import RowEncoder, TokenDataset
+from dataset.chat.format import check_conversation, encode_conversation
+from dataset.files.hashes import fingerprint, hash64
 from dataset.packing import IGNORE, PackedBatches, collate, pack
+from dataset.token_cache import EncodedBlock, Report
+from dataset.token_dataset import RowEncoder, TokenDataset, TokenSequence
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2  # the branches of a tree
 
 
 class Side(NamedTuple):
-    """One conversation as tokens: which are the assistant's, where those begin that are scored, and its branch."""
+    """One conversation of a pair as tokens."""
 
     input_ids: list[int]
-    is_target: list[bool]
-    start: int
+    is_target: list[bool]  # the assistant's
+    start: int  # of the scored answer
     branch: int
 
 
 class PairEncoder(RowEncoder):
-    """`{"chosen", "rejected"}` -> one tree; targets are what the assistant wrote after the messages that both share.
+    """`{"chosen", "rejected"}` -> one tree; targets are the assistant's tokens after the messages
+    that both share.
 
-    Where a tree is longer than max_seq_len, its answers lose their ends, the longer one first (in the report: cut). It is
-    left out (too long) if a side has no target then, or with `whole` in any case. With `unpaired`, a row
-    `{"conversations", "label"}` is a tree with one answer: what the assistant wrote after the user's last message.
+    Where a tree is longer than max_seq_len, its answers lose their ends, the longer one first (in
+    the report: cut). It is left out (too long) if a side has no target then, or with `whole` in any
+    case. With `unpaired`, a row `{"conversations", "label"}` is a tree with one answer: what the
+    assistant wrote after the user's last message.
     """
 
-    def __init__(self, tokenizer, max_seq_len: int, bad_rows: str, whole: bool, unpaired: bool):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_len: int,
+        bad_rows: str = "stop",
+        whole: bool = False,
+        unpaired: bool = False,
+    ):
         super().__init__(tokenizer, max_seq_len, bad_rows)
         self.whole, self.unpaired = whole, unpaired
 
-    def encode_row(self, row, where, draw_key, report):
-        """As RowEncoder says, with marks [n] in place of is_target: 2 * branch + is_target, uint8."""
-        sides = [self.labelled_side(row)] if "label" in row and "chosen" not in row else self.two_sides(row)
+    def options(self) -> dict:
+        return {"whole": self.whole, "unpaired": self.unpaired}
+
+    def encode_row(
+        self, row: dict, where: str, draw_key: int, report: Report
+    ) -> list[TokenSequence]:
+        """As RowEncoder says, but codes [n] replace is_target: 2 * branch + is_target, uint8."""
+        is_unpaired = "label" in row and "chosen" not in row
+        sides = [self.labelled_side(row)] if is_unpaired else self.two_sides(row)
         prompt = min(side.start for side in sides)
-        if len(sides) == 2:  # the template may show the messages that both share in two ways, by what follows them
+        if len(sides) == 2:  # the template may render shared messages by the next ones
             same = np.equal(sides[0].input_ids[:prompt], sides[1].input_ids[:prompt])
             prompt = int(np.append(same, False).argmin())
         lengths = [len(side.input_ids) - prompt for side in sides]
         kept = fit(lengths, self.max_seq_len - prompt)
-        input_ids, marks = [sides[0].input_ids[:prompt]], [np.full(prompt, 2 * PROMPT)]
+        input_ids, codes = [sides[0].input_ids[:prompt]], [np.full(prompt, 2 * PROMPT)]
         for side, length in zip(sides, kept):
             answer = slice(prompt, prompt + length)
-            is_scored = np.array(side.is_target[answer], dtype=bool) & (np.arange(prompt, prompt + length) >= side.start)
+            is_scored = np.array(side.is_target[answer], dtype=bool) & (
+                np.arange(prompt, prompt + length) >= side.start
+            )
             input_ids.append(side.input_ids[answer])
-            marks.append(2 * side.branch + is_scored)
+            codes.append(2 * side.branch + is_scored)
         if kept != lengths:
-            nothing_left = any(not (answer & 1).any() for answer in marks[1:]) or input_ids[1:-1] == input_ids[2:]
-            if self.whole or nothing_left:
+            no_target = any(not (answer & 1).any() for answer in codes[1:])
+            if self.whole or no_target or input_ids[1:-1] == input_ids[2:]:
                 report.note("too_long", where)
                 return []
             report.note("cut", where)
-        return [(np.concatenate(input_ids).astype(self.id_dtype), np.concatenate(marks).astype(np.uint8))]
+        input_ids, codes = np.concatenate(input_ids), np.concatenate(codes)
+        return [(input_ids.astype(self.id_dtype), codes.astype(np.uint8))]
 
     def two_sides(self, row: dict) -> list[Side]:
-        """The sides of a pair. Raises ValueError "what is wrong. way out"."""
+        """The sides of a pair. Raises ValueError "what is wrong. fix"."""
         if "chosen" not in row or "rejected" not in row:
-            raise ValueError(f'no "chosen" and "rejected" among the keys {list(row)}. A pair is {{"chosen": [messages], '
-                             '"rejected": [messages]}; `dataset/prepare_data.py convert` makes it of other formats.')
+            raise ValueError(
+                f'no "chosen" and "rejected" among the keys {list(row)}. A pair is {{"chosen": '
+                '[messages], "rejected": [messages]}; `dataset/prepare_data.py convert` makes it '
+                "of other formats."
+            )
         for name in ("chosen", "rejected"):
             try:
                 check_conversation(row[name])
@@ -84,42 +110,59 @@ class PairEncoder(RowEncoder):
             shared += 1
         differing = [*chosen[shared : shared + 1], *rejected[shared : shared + 1]]
         if not shared or any(message["role"] != "assistant" for message in differing):
-            raise ValueError(f"chosen and rejected have different prompts: message {shared} differs and is no answer. Give "
-                             "both the same messages up to an answer of the assistant.")
+            raise ValueError(
+                f"chosen and rejected have different prompts: message {shared} differs and is no "
+                "answer. Give both the same messages up to an answer of the assistant."
+            )
         sides = [self.side(chosen, shared, CHOSEN), self.side(rejected, shared, REJECTED)]
         if sides[0].input_ids == sides[1].input_ids:
-            raise ValueError("chosen and rejected are the same in the chat template. Leave the row out.")
+            raise ValueError(
+                "chosen and rejected are the same in the chat template. Leave the row out."
+            )
         return sides
 
     def labelled_side(self, row: dict) -> Side:
         """The only side of an unpaired row. Raises ValueError."""
         if not self.unpaired:
-            raise ValueError('a row with "label" is no pair: only --loss_type kto learns from it. Give "chosen" and '
-                             '"rejected".')
+            raise ValueError(
+                'a row with "label" is no pair: only --loss_type kto learns from it. Give "chosen" '
+                'and "rejected".'
+            )
         if not isinstance(row["label"], bool):
-            raise ValueError(f'"label" is {row["label"]!r}. Give true if the answer is wanted, false if it is not.')
+            raise ValueError(
+                f'"label" is {row["label"]!r}. Give true if the answer is wanted, false if it is '
+                "not."
+            )
         messages = row.get("conversations")
         check_conversation(messages)
-        after_user = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+        after_user = max(
+            (i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0
+        )
         return self.side(messages, after_user, CHOSEN if row["label"] else REJECTED)
 
     def side(self, messages: list[dict], shared: int, branch: int) -> Side:
         """A conversation whose first `shared` messages are the prompt."""
         input_ids, is_target = encode_conversation(self.tokenizer, messages)
         is_answer = [message["role"] == "assistant" for message in messages]
-        starts = np.flatnonzero(np.diff([0, *is_target]) == 1)  # of the spans: one for each message of the assistant
+        # of the spans: one for each message of the assistant
+        starts = np.flatnonzero(np.diff([0, *is_target]) == 1)
         assert len(starts) == sum(is_answer)
         if not any(is_answer[shared:]):
-            raise ValueError(f"no message of the assistant after message {shared - 1}. There must be an answer to learn from.")
+            raise ValueError(
+                f"no message of the assistant after message {shared - 1}. There must be an answer "
+                "to learn from."
+            )
         return Side(input_ids, is_target, int(starts[sum(is_answer[:shared])]), branch)
 
-    def _gather(self, sequences, documents, report):
-        block = super()._gather([(ids, marks % 2 == 1) for ids, marks in sequences], documents, report)
-        branch = np.concatenate([np.empty(0, np.uint8), *(marks // 2 for _, marks in sequences)])
-        # all pairs with one prompt are one document: a held-out split must not ask what was trained on
-        prompts = [hashlib.blake2b(ids[marks // 2 == PROMPT].tobytes(), digest_size=8).digest() for ids, marks in sequences]
-        documents = np.array([int.from_bytes(prompt, "little") for prompt in prompts], dtype=np.uint64)
-        return block._replace(columns={**block.columns, "branch": branch}, documents=documents)
+    def gather(
+        self, sequences: list[TokenSequence], documents: list[int], report: Report
+    ) -> EncodedBlock:
+        pairs = [(ids, codes % 2 == 1, codes // 2) for ids, codes in sequences]
+        # all pairs with one prompt are one document: a held-out split must not ask for trained ones
+        documents = [hash64(ids[branch == PROMPT].tobytes()) for ids, _, branch in pairs]
+        block = super().gather([pair[:2] for pair in pairs], documents, report)
+        branch = np.concatenate([np.empty(0, np.uint8), *(branch for _, _, branch in pairs)])
+        return block._replace(columns={**block.columns, "branch": branch})
 
 
 def fit(lengths: list[int], room: int) -> list[int]:
@@ -133,26 +176,26 @@ def fit(lengths: list[int], room: int) -> list[int]:
 
 
 class PairDataset(TokenDataset):
-    """Preference pairs as trees (see PairEncoder, TokenDataset).
+    """Preference pairs as trees (see TokenDataset, PairEncoder).
 
-    `dataset[i]` also has "branch", int64 [n]: PROMPT, then CHOSEN, then REJECTED; labels are the tokens that are scored.
+    `dataset[i]` also has "branch", int64 [n]: PROMPT, then CHOSEN, then REJECTED; labels are the
+    scored tokens.
     """
 
-    def __init__(self, data_path, tokenizer, max_seq_len: int, *, bad_rows: str = "stop", cache_dir=None,
-                 num_proc: int | None = None, whole: bool = False, unpaired: bool = False):
-        encoder = PairEncoder(tokenizer, max_seq_len, bad_rows, whole, unpaired)
-        super().__init__(data_path, encoder, {"whole": whole, "unpaired": unpaired}, cache_dir, num_proc)
+    encoder_type = PairEncoder
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {**super().__getitem__(index), "branch": self.branch(index)}
 
     def branch(self, index: int) -> np.ndarray:
         """The branch of each token of a tree, int64 [n]."""
-        return self._table["branch", self.rows[index]].astype(np.int64)
+        return self.table["branch", self.rows[index]].astype(np.int64)
 
     def strangers(self) -> np.ndarray:
-        """For each row the next one, around the end, with another prompt: int64 [N]. With a single prompt, the next row."""
-        prompts, N = self._table.documents[self.rows], len(self)
+        """For each row the next one, around the end, with another prompt: int64 [N]. With a single
+        prompt, the next row.
+        """
+        prompts, N = self.table.documents[self.rows], len(self)
         ends = np.flatnonzero(prompts != np.roll(prompts, -1))
         if not len(ends):
             ends = np.arange(N)
@@ -160,19 +203,26 @@ class PairDataset(TokenDataset):
 
 
 class MismatchedPairs:
-    """Each prompt of a PairDataset with the answers of another row, as trees: what KTO estimates its KL from.
+    """Each prompt of a PairDataset with the answers of another row, as trees, from which KTO
+    estimates its KL.
 
     The answers are cut so that the tree has max_seq_len tokens at most. `lengths` int32 [N].
     """
 
     def __init__(self, dataset: PairDataset):
         self.dataset, self.partners = dataset, dataset.strangers()
-        self.fingerprint = token_cache.fingerprint(mismatched=dataset.fingerprint)
-        counts = np.array([np.bincount(dataset.branch(i), minlength=3) for i in range(len(dataset))])
+        self.fingerprint = fingerprint(mismatched=dataset.fingerprint)
+        counts = np.array(
+            [np.bincount(dataset.branch(i), minlength=3) for i in range(len(dataset))]
+        )
         self.prompts = counts[:, PROMPT]
-        self.answers = [fit(answers, dataset.max_seq_len - prompt)
-                        for answers, prompt in zip(counts[self.partners, 1:].tolist(), self.prompts.tolist())]
-        self.lengths = np.array([prompt + sum(kept) for prompt, kept in zip(self.prompts, self.answers)], dtype=np.int32)
+        self.answers = [
+            fit(answers, dataset.max_seq_len - prompt)
+            for answers, prompt in zip(counts[self.partners, 1:].tolist(), self.prompts.tolist())
+        ]
+        self.lengths = np.array(
+            [prompt + sum(kept) for prompt, kept in zip(self.prompts, self.answers)], dtype=np.int32
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -181,24 +231,36 @@ class MismatchedPairs:
         ours, theirs = self.dataset[index], self.dataset[self.partners[index]]
         parts = [{name: x[: self.prompts[index]] for name, x in ours.items()}]
         for branch, length in zip((CHOSEN, REJECTED), self.answers[index]):
-            parts.append({name: x[theirs["branch"] == branch][:length] for name, x in theirs.items()})
+            parts.append(
+                {name: x[theirs["branch"] == branch][:length] for name, x in theirs.items()}
+            )
         return {name: np.concatenate([part[name] for part in parts]) for name in ours}
 
 
-def collate_trees(rows: list[list[int]], dataset, capacity: int, num_rows: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """One micro-batch of the trees `dataset[i]`, i from lists of indices, one list a row. Tensors on the CPU:
+def collate_trees(
+    rows: list[list[int]],
+    dataset: PairDataset | MismatchedPairs,
+    capacity: int,
+    num_rows: int,
+    pad_id: int,
+) -> dict[str, torch.Tensor]:
+    """One micro-batch of the trees `dataset[i]`, i from lists of indices, one list a batch row.
 
-    input_ids, labels, position_ids, tree, branch: int64 [B, T]. `tree` numbers the trees, -1 is padding.
-    items: int64 [N], the index of each tree. lengths: int64 [N, 2], scored tokens of the chosen and the rejected answer.
-    targets, source, side: int64 [M]. Token `targets[m]` of answer `side[m]` (2 * tree, + 1 if rejected) is predicted at the
-    `source[m]`-th of the positions that `is_source`, bool [B, T], marks, in row-major order. The first tokens of both
-    answers are predicted at the same position, the prompt's last.
-    is_end: bool [B, T], the last token of each answer.
+    Tensors on the CPU. input_ids, labels, position_ids, tree, branch: int64 [B, T]. `tree` numbers
+    the trees, -1 is padding. items: int64 [N], the index of each tree. lengths: int64 [N, 2],
+    scored tokens of the chosen and the rejected answer. targets, source, side: int64 [M]. Token
+    `targets[m]` of answer `side[m]` (2 * tree, + 1 if rejected) is predicted at the `source[m]`-th
+    of the positions that `is_source`, bool [B, T], marks, in row-major order. The first tokens of
+    both answers are predicted at the same position, the prompt's last. is_end: bool [B, T], the
+    last token of each answer.
     """
+    import torch  # seconds, which an --inspect need not wait for
+
     sequences = [[dataset[index] for index in row] for row in rows]
     batch = collate(sequences, capacity, num_rows, pad_id)
     B, T = batch["input_ids"].shape
-    tree, branches, is_end = np.full((B, T), -1), np.zeros((B, T), dtype=np.int64), np.zeros((B, T), dtype=bool)
+    tree, branches = np.full((B, T), -1), np.zeros((B, T), dtype=np.int64)
+    is_end = np.zeros((B, T), dtype=bool)
     position_ids, number = batch["position_ids"].numpy(), 0
     sources, sides, targets = [[np.empty(0, np.int64)] for _ in range(3)]
     for b, row in enumerate(sequences):
@@ -219,29 +281,44 @@ def collate_trees(rows: list[list[int]], dataset, capacity: int, num_rows: int, 
     source, side = np.concatenate(sources), np.concatenate(sides)
     is_source = np.zeros(B * T, dtype=bool)
     is_source[source] = True
-    arrays = {"tree": tree, "branch": branches, "is_end": is_end, "is_source": is_source.reshape(B, T),
-              "source": np.cumsum(is_source)[source] - 1, "side": side, "targets": np.concatenate(targets),
-              "items": np.array([index for row in rows for index in row], dtype=np.int64),
-              "lengths": np.bincount(side, minlength=2 * number).reshape(-1, 2)}
+    arrays = {
+        "tree": tree,
+        "branch": branches,
+        "is_end": is_end,
+        "is_source": is_source.reshape(B, T),
+        "source": np.cumsum(is_source)[source] - 1,
+        "side": side,
+        "targets": np.concatenate(targets),
+        "items": np.array([index for row in rows for index in row], dtype=np.int64),
+        "lengths": np.bincount(side, minlength=2 * number).reshape(-1, 2),
+    }
     return batch | {name: torch.from_numpy(x) for name, x in arrays.items()}
 
 
 def tree_mask(tree: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """Which key each query sees, bool [B, 1, T, T]: of its own tree the prompt and its own branch, up to itself."""
-    T = tree.shape[1]
+    """Which key each query sees, bool [B, 1, T, T]: of its own tree the prompt and its own branch,
+    up to itself.
+    """
     mask = tree[:, :, None] == tree[:, None]  # B T T
     mask &= (branch[:, None] == PROMPT) | (branch[:, :, None] == branch[:, None])
-    return (mask & torch.ones(T, T, dtype=torch.bool, device=tree.device).tril())[:, None]
+    return mask.tril()[:, None]
 
 
 class PairBatches(PackedBatches):
-    """The optimizer steps of a run on trees: PackedBatches whose micro-batches are those of `collate_trees`."""
+    """The optimizer steps of a run on trees: PackedBatches with `collate_trees`."""
 
-    def _micro_batch(self, rows):
+    def describe(self) -> str:
+        """How well the pairs are packed, for the user."""
+        return f"{len(self.dataset) / len(self.rows(0)):.1f} pairs in a batch row"
+
+    def micro_batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         return collate_trees(rows, self.dataset, self.capacity, max(1, len(rows)), self.pad_id)
 
 
-def collate_packed(items: list[int], dataset, capacity: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """`collate_trees` of some trees of a dataset, in as many rows as they need."""
-    rows = [[items[i] for i in row] for row in pack(dataset.lengths[items], capacity, seed=0, epoch=0)]
+def collate_packed(
+    items: list[int], dataset: PairDataset | MismatchedPairs, capacity: int, pad_id: int
+) -> dict[str, torch.Tensor]:
+    """`collate_trees` of some trees of a dataset, in as many batch rows as they need."""
+    packed = pack(dataset.lengths[items], capacity, seed=0, epoch=0)
+    rows = [[items[i] for i in row] for row in packed]
     return collate_trees(rows, dataset, capacity, max(1, len(rows)), pad_id)

@@ -1,19 +1,15 @@
 """Text becomes tokens once: they are kept on disk and read through the memory map.
 
-A cache is a folder that `datasets.load_from_disk` opens, plus `report.json`, and holds one file's sequences. Its name
-is the fingerprint of everything that decides its content, so a stale one is never read. Of several processes that need
-it one builds, and the others wait. It is built beside its place and renamed when whole: a run that is killed cannot
-leave half a cache under that name.
+A cache holds the sequences of one file, in a folder that `datasets.load_from_disk` opens, plus
+`report.json`. Its name is the fingerprint of everything that decides its content, so a stale one is
+never read. Of several processes that need it one builds, and the others wait. It is built under
+another name and renamed when whole: a killed run cannot leave half a cache.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,23 +17,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.outputs import locked
+from dataset.files.outputs import locked, whole_folder
 
 BUILDING = "building the token cache"
 NAMED = 5  # rows that a report names of each kind
-SETTLED = 2e9  # nanoseconds after which a file is no longer being written: clocks of file systems are coarse
+DATA = "data-00000-of-00001.arrow"
 
 
 @dataclass
 class Report:
-    """What became of the rows: counts, and of those with a problem the first few by `file:line`."""
+    """Counts of the rows by their fate; the first few with a problem are named by `file:line`."""
 
     rows_read: int = 0
     rows_used: int = 0
     rows_cut: int = 0  # used, but longer than max_seq_len
     rows_skipped: int = 0  # faulty, with bad_rows="skip"
     rows_no_target: int = 0  # left out: nothing to train on within max_seq_len
-    rows_too_long: int = 0  # left out: a pair with too little of its answers within max_seq_len, or not whole
+    rows_too_long: int = 0  # left out: a pair of which too little is within max_seq_len
     sequences: int = 0
     tokens: int = 0
     targets: int = 0
@@ -52,7 +48,7 @@ class Report:
             names.append(where)
 
     def add(self, other: Report) -> None:
-        """Add the figures of the rows that follow."""
+        """Add the counts of the rows that follow."""
         for name, value in asdict(other).items():
             if name != "named":
                 setattr(self, name, getattr(self, name) + value)
@@ -60,48 +56,54 @@ class Report:
             self.named[kind] = (self.named.get(kind, []) + names)[:NAMED]
 
     def __str__(self) -> str:
-        lines = [f"rows: {self.rows_read:,} read, {self.rows_used:,} used, {self.rows_cut:,} cut, "
-                 f"{self.rows_skipped:,} skipped, {self.rows_no_target:,} without a target",
-                 f"tokens: {self.tokens:,} in {self.sequences:,} sequences, {self.targets:,} trained on, "
-                 f"which are {self.target_bytes:,} bytes of text"]
+        lines = [
+            f"rows: {self.rows_read:,} read, {self.rows_used:,} used, {self.rows_cut:,} cut, "
+            f"{self.rows_skipped:,} skipped, {self.rows_no_target:,} without a target",
+            f"tokens: {self.tokens:,} in {self.sequences:,} sequences, {self.targets:,} trained "
+            f"on, which are {self.target_bytes:,} bytes of text",
+        ]
         for kind, names in self.named.items():
             more = getattr(self, f"rows_{kind}") - len(names)
-            lines.append(f"{kind.replace('_', ' ')}: {'; '.join(names)}{f'; and {more:,} more' if more else ''}")
+            named = "; ".join(names) + (f"; and {more:,} more" if more else "")
+            lines.append(f"{kind.replace('_', ' ')}: {named}")
         return "\n".join(lines)
 
 
 class LineBlock(NamedTuple):
-    """Some lines of a file: what one process encodes at a time."""
+    """Some lines of a file: one process encodes them at a time."""
 
     path: str
     lines: list[tuple[int, str]]
 
 
 class EncodedBlock(NamedTuple):
-    """The sequences of a LineBlock: each column's values end to end, cut by `lengths`; `documents` one per sequence."""
+    """The sequences of a LineBlock: each column's values end to end, cut by `lengths`."""
 
     columns: dict[str, np.ndarray]
     lengths: np.ndarray
-    documents: np.ndarray
+    documents: np.ndarray  # one hash per sequence
     report: Report
 
 
 class TokenTable:
-    """The sequences of a cache folder, memory-mapped: `table[column, i]` is an array view, `lengths` int32 [N].
+    """The sequences of a cache folder, memory-mapped: `table[column, i]` is an array view,
+    `lengths` int32 [N].
 
-    ValueError or OSError where the folder does not hold what its report says. What stays in memory is 4 bytes a sequence
-    and about 1 kB for each thousand of them.
+    ValueError or OSError where the folder and its report differ. Memory: 4 bytes a sequence and
+    about 1 kB for each thousand of them.
     """
 
     def __init__(self, folder: Path):
         self.folders = [folder]
         self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        data = _datasets().load_from_disk(str(folder)).data
-        self._chunks = {name: data.column(name).chunks for name in data.column_names}
+        self._chunks = _read(folder)
         self._index()
         tokens = int(self.lengths.sum(dtype=np.int64))
         if (len(self), tokens) != (self.report.sequences, self.report.tokens):
-            raise ValueError(f"{len(self)} sequences of {tokens} tokens, not {self.report.sequences} of {self.report.tokens}")
+            raise ValueError(
+                f"{len(self)} sequences of {tokens} tokens, not {self.report.sequences} of "
+                f"{self.report.tokens}"
+            )
 
     @classmethod
     def join(cls, tables: list[TokenTable]) -> TokenTable:
@@ -111,15 +113,21 @@ class TokenTable:
         whole.report = Report()
         for table in tables:
             whole.report.add(table.report)
-        whole._chunks = {name: [chunk for table in tables for chunk in table._chunks[name]] for name in tables[0]._chunks}
+        whole._chunks = {
+            name: [chunk for table in tables for chunk in table._chunks[name]]
+            for name in tables[0]._chunks
+        }
         whole._index()
         return whole
 
     def _index(self) -> None:
         lists = {name: chunks for name, chunks in self._chunks.items() if name != "document"}
-        self._values = {name: [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-                        for name, chunks in lists.items()}
-        self._offsets = {name: [chunk.offsets.to_numpy() for chunk in chunks] for name, chunks in lists.items()}
+        self._values = {
+            name: [_to_numpy(chunk.values) for chunk in chunks] for name, chunks in lists.items()
+        }
+        self._offsets = {
+            name: [_to_numpy(chunk.offsets) for chunk in chunks] for name, chunks in lists.items()
+        }
         offsets = self._offsets["input_ids"]
         self.lengths = np.concatenate([np.empty(0, np.int32), *map(np.diff, offsets)])
         self._chunk_ends = np.cumsum([len(part) - 1 for part in offsets])
@@ -129,8 +137,10 @@ class TokenTable:
 
     @property
     def documents(self) -> np.ndarray:
-        """A hash of the row that each sequence comes from, uint64 [N]; read from the disk each time."""
-        return np.concatenate([np.empty(0, np.uint64), *(chunk.to_numpy() for chunk in self._chunks["document"])])
+        """A hash of the row that each sequence comes from, uint64 [N]; read from the disk each
+        time.
+        """
+        return np.concatenate([np.empty(0, np.uint64), *map(_to_numpy, self._chunks["document"])])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -151,10 +161,11 @@ def _open_tables(folders: list[Path]) -> TokenTable:
 
 
 def open_or_build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) -> TokenTable:
-    """Open the cache in `folder`; where there is none, or a damaged one, write the blocks there first.
+    """Open the cache in `folder`; where there is none, or a damaged one, write the blocks there
+    first.
 
-    One process builds while the others wait. OSError with the way out where the disk is full; then, as after any other
-    error, nothing stays behind.
+    One process builds while the others wait. OSError with the fix where the disk is full; then,
+    as after any other error, nothing stays behind.
     """
     table = _open(folder)
     if isinstance(table, TokenTable):
@@ -165,99 +176,92 @@ def open_or_build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) ->
             return table
         if table is not None:
             print(f"{folder}: damaged token cache ({table}). Building it again.")
-            shutil.rmtree(folder)
-        _build(folder, blocks)
+        try:
+            with whole_folder(folder) as draft:
+                _write(draft, blocks(), folder.name)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                error.errno,
+                f"no space left for the token cache in {folder.parent}. Free some (two to five "
+                f"bytes a token are needed), or make {folder.parent} a link to a folder on another "
+                "disk",
+            ) from error
         return TokenTable(folder)
 
 
 def _open(folder: Path) -> TokenTable | Exception | None:
-    """Return the table, or what is wrong with it, or None where there is none."""
+    """Return the table, or the error that it is damaged, or None where there is none."""
     try:
         return TokenTable(folder) if folder.exists() else None
     except (OSError, ValueError, TypeError, LookupError) as error:
         return error
 
 
-def _build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) -> None:
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: the lock is ours
-    try:
-        building.mkdir()
-        _write(building, blocks())
-        (building / "whole").rename(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, f"no space left for the token cache in {folder.parent}. Free some (two to five "
-                          f"bytes a token are needed), or make {folder.parent} a link to a folder on another disk") from error
-        raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def _read(folder: Path) -> dict[str, list]:
+    """Map the Arrow files that state.json names: the chunks of each column.
+
+    `datasets` does the same, but its import costs more than a second.
+    """
+    pa, chunks = _pyarrow(), {}
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for file in state["_data_files"]:
+        table = pa.ipc.open_stream(pa.memory_map(str(folder / file["filename"]))).read_all()
+        for name in table.column_names:
+            chunks.setdefault(name, []).extend(table.column(name).chunks)
+    return chunks
 
 
-def _write(folder: Path, blocks: Iterable[EncodedBlock]) -> None:
-    """Write `folder`/whole: the dataset and, last, its report."""
-    import pyarrow as pa  # here and not above: it comes with `datasets`, whose absence gets a message of its own
-
-    report, writer = Report(), None
-    raw, whole = folder / "raw.arrow", folder / "whole"
+def _write(folder: Path, blocks: Iterable[EncodedBlock], name: str) -> None:
+    """Write the sequences, the two files that `datasets` wants, and last the report."""
+    pa, report, writer = _pyarrow(), Report(), None
     try:
         for block in blocks:
             report.add(block.report)
             if not len(block.lengths) and writer:
                 continue
-            offsets = pa.array(np.concatenate([[0], np.cumsum(block.lengths)]), type=pa.int32())
-            columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values))
-                       for name, values in block.columns.items()}
-            batch = pa.record_batch({**columns, "document": pa.array(block.documents)})
-            writer = writer or pa.ipc.new_stream(str(raw), batch.schema)
+            offsets = _to_arrow(np.append(0, np.cumsum(block.lengths)).astype(np.int32))
+            columns = {
+                name: pa.ListArray.from_arrays(offsets, _to_arrow(values))
+                for name, values in block.columns.items()
+            }
+            batch = pa.record_batch({**columns, "document": _to_arrow(block.documents)})
+            writer = writer or pa.ipc.new_stream(str(folder / DATA), batch.schema)
             writer.write_batch(batch)
     finally:
         if writer:
             writer.close()
-    _datasets().disable_progress_bars()
-    _datasets().Dataset.from_file(str(raw)).save_to_disk(str(whole), num_shards=1)  # 1: by default none without a sequence
-    (whole / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False, indent=1), encoding="utf-8")
+    state = {"_data_files": [{"filename": DATA}], "_fingerprint": name[:16], "_split": None}
+    formats = dict.fromkeys(("_format_type", "_format_columns"))
+    formats |= {"_format_kwargs": {}, "_output_all_columns": False}
+    contents = {"dataset_info": {}, "state": state | formats, "report": asdict(report)}
+    for file, content in contents.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (folder / f"{file}.json").write_text(text, encoding="utf-8")
 
 
-def _datasets():
+def _to_arrow(values: np.ndarray):
+    """An Arrow array of the values' own memory. `pyarrow.array` would import pandas, a second."""
+    pa = _pyarrow()
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), buffers)
+
+
+def _to_numpy(array) -> np.ndarray:
+    """A view of an Arrow array of numbers. Its own `to_numpy` would import pandas, a second."""
+    dtype = np.dtype(str(array.type))
+    if not len(array):
+        return np.empty(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def _pyarrow():
     try:
-        import datasets  # takes a second or two: only where a cache is opened
+        import pyarrow  # only where a cache is opened
     except ImportError as error:
-        raise ImportError("the token cache needs the library `datasets`. Install it: pip install -r "
-                          "requirements.txt") from error
-    return datasets
-
-
-def fingerprint(**parts) -> str:
-    """SHA-256, in hex, of named values that JSON can hold."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_sha256(path: str | Path, memory: Path | None = None) -> str:
-    """SHA-256, in hex, of a file's bytes; ValueError if there is no such file.
-
-    It is remembered in the folder `memory` for as long as the file has its path, size and times.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file. Check the path, or make or download the data first.")
-    state = Path(path).stat()
-    remembered = memory and memory / fingerprint(path=str(Path(path).resolve()), size=state.st_size,
-                                                 times=[state.st_mtime_ns, state.st_ctime_ns])
-    if remembered and remembered.exists():
-        return remembered.read_text(encoding="ascii")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if remembered and time.time_ns() - state.st_ctime_ns > SETTLED:
-        memory.mkdir(parents=True, exist_ok=True)
-        unfinished = remembered.with_name(f"{remembered.name}.{os.getpid()}")
-        unfinished.write_text(digest.hexdigest(), encoding="ascii")
-        unfinished.replace(remembered)
-    return digest.hexdigest()
-
-
-def tokenizer_sha256(tokenizer) -> str:
-    """SHA-256, in hex, of all that decides the ids of a text or a conversation: the tokenizer and its template."""
-    return fingerprint(tokenizer=tokenizer.backend_tokenizer.to_str(), template=tokenizer.chat_template)
+        raise ImportError(
+            "the token cache needs the library `pyarrow`. Install it: pip install -r "
+            "requirements.txt"
+        ) from error
+    return pyarrow

@@ -1,9 +1,13 @@
-"""An engine in a thread of its own, for programs in which many ask at once: the server and the web page."""
+"""An engine in a thread of its own, for many callers at once: the server and the web page."""
 
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+
+from .engine import Engine, Output, Request
+from .sampling import SamplingParams
 
 
 class EngineThread:
@@ -12,28 +16,34 @@ class EngineThread:
     after_step: called in the engine's thread when all outputs of a step were handed on.
     """
 
-    def __init__(self, engine, after_step=None):
+    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None):
         self.engine, self.after_step = engine, after_step
         self.inbox, self.calls = deque(), deque()  # Requests; (function, its Future)
-        self.unfinished = set()  # Requests that have not been told their end
+        self.unfinished = set()  # Requests whose last Output was not handed on yet
         self.lock = threading.Lock()  # nothing comes in once the thread has decided to end
         self.wake, self.failure, self.is_closing = threading.Event(), None, False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
     @property
-    def num_running(self):
+    def num_running(self) -> int:
         return len(self.engine.running) + (self.engine.prefilling is not None)
 
     @property
-    def num_waiting(self):
+    def num_waiting(self) -> int:
         return len(self.engine.waiting) + len(self.inbox)
 
-    def submit(self, prompt, params, on_output):
-        """Queue a request; `on_output(Output)` is called in the engine's thread, with a `finish_reason` the last time.
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        on_output: Callable[[Output | Exception], None],
+    ) -> Request:
+        """Queue a request; `on_output(Output)` is called in the engine's thread, with a
+        `finish_reason` the last time.
 
-        After a failure it is called once with the exception instead. Returns the Request. ValueError if the prompt does not
-        fit, RuntimeError once the engine is closed or has failed.
+        After a failure it is called once with the exception instead. ValueError if the prompt does
+        not fit, RuntimeError once the engine is closed or has failed.
         """
         request = self.engine.new_request(prompt, params)
         request.on_output = on_output
@@ -44,8 +54,8 @@ class EngineThread:
         self.wake.set()
         return request
 
-    def call(self, function):
-        """Run `function()` in the engine's thread, between two steps; returns a Future of its result.
+    def call(self, function: Callable[[], object]) -> Future:
+        """Run `function()` in the engine's thread, between two steps.
 
         RuntimeError once the engine is closed or has failed.
         """
@@ -56,12 +66,12 @@ class EngineThread:
         self.wake.set()
         return future
 
-    def cancel(self, request):
+    def cancel(self, request: Request) -> None:
         """Let a request end with the step under way."""
         request.is_cancelled = True
         self.wake.set()
 
-    def stream(self, prompt, params):
+    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Output]:
         """Yield a request's Outputs as they come; leaving the loop early cancels it."""
         outputs = queue.SimpleQueue()
         request = self.submit(prompt, params, outputs.put)
@@ -71,14 +81,17 @@ class EngineThread:
                 if isinstance(output, Exception):
                     raise RuntimeError(f"the engine has stopped: {output}") from output
                 yield output
-                if output.finish_reason:  # not the request's: a slow reader would see the end before the last pieces
+                # the request's own would end a slow reader's loop before the last pieces
+                if output.finish_reason:
                     return
         finally:
             if request.finish_reason is None:
                 self.cancel(request)
 
-    def close(self, timeout=None):
-        """Take in nothing more and wait, at most `timeout` seconds, until all that runs has ended; then cancel the rest."""
+    def close(self, timeout: float | None = None) -> None:
+        """Take in nothing more, wait at most `timeout` seconds for the running requests, then
+        cancel the rest.
+        """
         with self.lock:
             self.is_closing = True
         self.wake.set()
@@ -91,7 +104,8 @@ class EngineThread:
 
     def _check_open(self):
         if self.failure or self.is_closing:
-            raise RuntimeError(f"the engine has stopped{f': {self.failure}' if self.failure else ''}")
+            why = f": {self.failure}" if self.failure else ""
+            raise RuntimeError(f"the engine has stopped{why}")
 
     def _run(self):
         try:
@@ -137,5 +151,5 @@ class EngineThread:
             return
         try:
             future.set_result(function())
-        except Exception as error:  # it belongs to the caller: the engine goes on
+        except Exception as error:  # it belongs to the caller: the engine continues
             future.set_exception(error)

@@ -1,83 +1,105 @@
-"""Keys and values of many sequences in one piece of memory, allocated once, and the views of it that a forward works on.
+"""Keys and values of many sequences in one piece of memory, allocated once, and the views of it
+that a forward works on.
 
-Shape letters: L layers   N slots   B rows of a call   K key/value heads   S positions   T tokens of a call   d head width
+Shape letters:
+    L layers   N slots   B rows of a call   K key/value heads   S positions   T tokens of a call
+    d head width
 """
 
 import torch
+from transformers import PreTrainedConfig
 
 
 class KVCache:
     """`num_slots` sequences of up to `max_len` tokens: two tensors [L, N, K, S, d]."""
 
-    def __init__(self, config, num_slots, max_len, dtype, device):
-        shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, max_len, config.head_dim)
-        # not `empty`: what is masked gets weight 0, but 0 times whatever was in the memory may be nan
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        num_slots: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        K, d = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, num_slots, K, max_len, d)
+        # not `empty`: masked positions get weight 0, but 0 times leftovers in the memory may be nan
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.max_len = max_len
 
-    def swap(self, a, b, num_tokens):
+    def swap(self, a: int, b: int, num_tokens: int) -> None:
         """Exchange the first `num_tokens` positions of slots a and b."""
         for x in (self.keys, self.values):
             x[:, [a, b], :, :num_tokens] = x[:, [b, a], :, :num_tokens]
 
-    def copy(self, source, target, num_tokens):
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` positions of a slot to another."""
         for x in (self.keys, self.values):
             x[:, target, :, :num_tokens] = x[:, source, :, :num_tokens]
 
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of both tensors."""
         return self.keys.nbytes + self.values.nbytes
 
 
 class PrefillView:
-    """The cache as `num_rows` neighbouring slots from `first` see it that all hold `num_past` tokens and take in T more."""
+    """The cache for T more tokens in each of `num_rows` neighbouring slots from `first` on, which
+    all hold `num_past`.
+    """
 
-    def __init__(self, cache, first, num_rows, num_past):
+    def __init__(self, cache: KVCache, first: int, num_rows: int, num_past: int):
         self.cache, self.rows, self.num_past = cache, slice(first, first + num_rows), num_past
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
         return self.num_past
 
-    def get_mask_sizes(self, num_new, layer_idx):
+    def get_mask_sizes(self, num_new: int, layer_idx: int) -> tuple[int, int]:
         return self.num_past + num_new, 0
 
-    def update(self, k, v, layer_idx):
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> list[torch.Tensor]:
         """Store k, v [B, K, T, d] behind the past; returns all of it [B, K, S, d], S = past + T."""
         end = self.num_past + k.shape[2]
         both = []
         for x, new in ((self.cache.keys, k), (self.cache.values, v)):
             x = x[layer_idx, self.rows]
-            x[:, :, self.num_past:end] = new
+            x[:, :, self.num_past : end] = new
             both.append(x[:, :, :end])
         return both
 
 
 class DecodeView:
-    """The cache as the first B slots see it that take in one token each, at `positions` [B], and look at `num_keys` positions.
+    """The cache for one more token in each of the first B slots, at `positions` [B], with a look at
+    `num_keys` positions.
 
     same_position: the rows' position as a number, where it is one for all.
     """
 
-    def __init__(self, cache, positions, num_keys, same_position=None):
-        self.cache, self.positions, self.num_keys, self.same_position = cache, positions, num_keys, same_position
+    def __init__(
+        self,
+        cache: KVCache,
+        positions: torch.Tensor,
+        num_keys: int,
+        same_position: int | None = None,
+    ):
+        self.cache, self.positions = cache, positions
+        self.num_keys, self.same_position = num_keys, same_position
         self.rows = torch.arange(len(positions), device=positions.device)
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
         return self.num_keys - 1
 
-    def get_mask_sizes(self, num_new, layer_idx):
+    def get_mask_sizes(self, num_new: int, layer_idx: int) -> tuple[int, int]:
         return self.num_keys, 0
 
-    def update(self, k, v, layer_idx):
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> list[torch.Tensor]:
         """Store k, v [B, K, 1, d] at the rows' positions; returns [B, K, S, d]."""
         both = []
         for x, new in ((self.cache.keys, k), (self.cache.values, v)):
-            x = x[layer_idx, :len(self.rows)]
-            if self.same_position is None:
+            x = x[layer_idx, : len(self.rows)]
+            if (p := self.same_position) is None:
                 x[self.rows, :, self.positions] = new[:, :, 0]
             else:  # a slice is written several times faster than scattered places
-                x[:, :, self.same_position:self.same_position + 1] = new
-            both.append(x[:, :, :self.num_keys])
+                x[:, :, p : p + 1] = new
+            both.append(x[:, :, : self.num_keys])
         return both

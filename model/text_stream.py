@@ -1,25 +1,35 @@
-"""Tokens to text while they come: whole characters only, and nothing that may turn out to be the start of a stop text."""
+"""Tokens to text while they come: whole characters only, and nothing that may turn out to be the
+start of a stop text.
+"""
 
 import codecs
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def byte_alphabet():
-    """The bytes that the characters of a byte-level vocabulary stand for: {character: byte} (Radford et al. 2019, section 2.2).
+def byte_alphabet() -> dict[str, int]:
+    """The characters of a byte-level vocabulary, and the bytes that they stand for (Radford et al.
+    2019, section 2.2).
 
     Printable bytes are spelt as themselves, the others as the characters from 256 on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    spelling = {chr(byte): byte for byte in printable}
+    return spelling | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def token_bytes(tokenizer):
-    """What each token of a byte-level vocabulary adds to the text, as a list of bytes objects [V].
+def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
+    """The bytes that each token of a byte-level vocabulary adds to the text: V of them.
 
     Special tokens add nothing; other added tokens (`<think>`, `<tool_call>`) add their spelling.
     """
-    return _token_bytes(tokenizer.backend_tokenizer, len(tokenizer), frozenset(tokenizer.all_special_ids))
+    special = frozenset(tokenizer.all_special_ids)
+    return _token_bytes(tokenizer.backend_tokenizer, len(tokenizer), special)
 
 
 @lru_cache(maxsize=8)
@@ -36,23 +46,23 @@ def _token_bytes(backend, size, special):
 
 
 class TextStream:
-    """The text of one answer, fed with tokens.
+    """The text of one completion, fed with tokens.
 
-    pieces: what `token_bytes` gave; stop: texts that end the answer. `text` is all that was handed out, `stopped` tells
-    whether a stop text came, which is cut off with everything behind it.
+    pieces: from `token_bytes`; stop: texts that end the completion. `text` is all that was handed
+    out; `stopped` is set when a stop text came, which is cut off with everything behind it.
     """
 
-    def __init__(self, pieces, stop=()):
+    def __init__(self, pieces: list[bytes], stop: Sequence[str] = ()):
         self.pieces, self.stop = pieces, tuple(stop)
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.held, self.stopped = "", "", False
 
-    def push(self, token):
+    def push(self, token: int) -> str:
         """Take in a token; returns the text (maybe empty) that is now certain."""
         return self._release(self.decoder.decode(self.pieces[token]))
 
-    def finish(self):
-        """The rest of the text: half a character becomes U+FFFD, what was held back is handed out."""
+    def finish(self) -> str:
+        """The rest of the text, with the part held back; half a character becomes U+FFFD."""
         if self.stopped:
             return ""
         rest = self._release(self.decoder.decode(b"", final=True))
@@ -67,15 +77,15 @@ class TextStream:
         text = self.held + new
         ends = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         if ends:
-            self.stopped, out, self.held = True, text[:min(ends)], ""
+            self.stopped, out, self.held = True, text[: min(ends)], ""
         else:
             held = max((self._overlap(text, stop) for stop in self.stop), default=0)
-            out, self.held = text[:len(text) - held], text[len(text) - held:]
+            out, self.held = text[: len(text) - held], text[len(text) - held :]
         self.text += out
         return out
 
     @staticmethod
     def _overlap(text, stop):
-        """How many characters at the end of `text` are the beginning of `stop`."""
+        """Number of characters at the end of `text` that are the beginning of `stop`."""
         longest = min(len(text), len(stop) - 1)
         return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""What people run around training."""
+"""Programs around training: quick start, evaluation, server, web page, benchmarks."""

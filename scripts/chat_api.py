@@ -1,24 +1,29 @@
-"""Talk to a server with the official `openai` package: streaming, reasoning, and a loop that runs the tools it calls.
+"""Talk to a server with the official `openai` package: streaming, reasoning, and a loop that runs
+the tools it calls.
 
-    python scripts/serve_openai_api.py --weight full_sft &          # any other server with this API will do as well
-    python scripts/chat_api.py --prompt "Tell me the time in Lurubridge." --tools get_time get_weather
-    python scripts/chat_api.py --tools my_tools.py                  # tools of your own: see dataset/tools.py
-    python scripts/chat_api.py --think                              # without --prompt: a conversation
+    python scripts/serve_openai_api.py --weight full_sft &   # or any other server with this API
+    python scripts/chat_api.py --prompt "Tell me the time in Lurubridge." --tools get_time
+    python scripts/chat_api.py --tools my_tools.py           # your tools: see dataset/chat/tools.py
+    python scripts/chat_api.py --think                       # without --prompt: a conversation
 """
+
+from __future__ import annotations
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import openai
+from dataset.chat.tools import ToolBox, load_tools
+from dataset.toy.tools import TOY_TOOLS
+from trainer.runtime.arguments import arg, check_positive, command, parse_args
 
-from dataset.tools import ToolBox, load_tools
-from dataset.toy_tools import TOY_TOOLS
-from trainer.arguments import arg, check_positive, command, parse_args
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 MOST_ROUNDS = 5  # of tool calls for one question
 
@@ -29,12 +34,18 @@ class ChatArgs:
     api_key: str = arg("none", "its key, if it asks for one")
     model: str = arg("", "the model's name there (default: the first that it serves)")
     prompt: str | None = arg(None, "ask this one question and stop")
-    tools: list[str] = arg([], "tools that the model may call: names of the toy world's, .py files with your own", nargs="+")
-    think: bool | None = arg(None, "1: think before answering, 0: answer at once (default: as the model likes)")
-    temperature: float = arg(0.0, "0: always the likeliest token")
-    max_tokens: int = arg(512, "longest answer, in tokens")
+    tools: list[str] = arg(
+        [],
+        "tools that the model may call: names of the toy world's, .py files with your own",
+        nargs="+",
+    )
+    think: bool | None = arg(
+        None, "1: think before answering, 0: answer at once (default: the model decides)"
+    )
+    temperature: float = arg(0.0, "0: greedy decoding")
+    max_tokens: int = arg(512, "longest completion, in tokens")
 
-    def check(self):
+    def check(self) -> None:
         """ValueError for values out of range and for tools that are not there."""
         check_positive(self, "max_tokens")
         self.box = toolbox(self.tools)
@@ -42,45 +53,57 @@ class ChatArgs:
             raise ValueError(f"--temperature {self.temperature}: give 0 to 2")
 
 
-def toolbox(names):
-    """The tools of the toy world that have these names, and all those in the .py files among them."""
+def toolbox(names: list[str]) -> ToolBox:
+    """The toy world's tools of these names, and all tools in the .py files among them."""
     box = ToolBox()
     for name in names:
-        if not name.endswith(".py") and name not in TOY_TOOLS.tools:
-            raise ValueError(f"--tools {name}: give a .py file, or some of {', '.join(TOY_TOOLS.tools)}")
-        for tool in load_tools(name).tools.values() if name.endswith(".py") else [TOY_TOOLS.tools[name]]:
+        is_file = name.endswith(".py")
+        if not is_file and name not in TOY_TOOLS.tools:
+            raise ValueError(
+                f"--tools {name}: give a .py file, or some of {', '.join(TOY_TOOLS.tools)}"
+            )
+        for tool in load_tools(name).tools.values() if is_file else [TOY_TOOLS.tools[name]]:
             box.register(tool)
     return box
 
 
-def reply_to(client, messages, args):
-    """The assistant's next message, printed as it comes: text, reasoning in brackets, and the calls it makes."""
+def complete(client: OpenAI, messages: list[dict], args: ChatArgs) -> dict:
+    """The assistant's next message, printed as it comes: text, reasoning in brackets, and calls."""
     options = {"tools": args.box.schemas()} if args.tools else {}
     if args.think is not None:
         options["extra_body"] = {"chat_template_kwargs": {"enable_thinking": args.think}}
-    chunks = client.chat.completions.create(model=args.model, messages=messages, stream=True, temperature=args.temperature,
-                                            max_tokens=args.max_tokens, **options)
+    chunks = client.chat.completions.create(
+        model=args.model,
+        messages=messages,
+        stream=True,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        **options,
+    )
     content, calls, thinks = "", [], False
     for chunk in chunks:
         delta = chunk.choices[0].delta
-        thought = getattr(delta, "reasoning_content", None) or ""  # not in the original API, so not in its types
-        if bool(thought) != thinks and (thought or delta.content):
+        # an extension of the original API, so not in its types
+        reasoning = getattr(delta, "reasoning_content", None) or ""
+        if bool(reasoning) != thinks and (reasoning or delta.content):
             print("]\n" if thinks else "[", end="")
             thinks = not thinks
-        print(thought or delta.content or "", end="", flush=True)
+        print(reasoning or delta.content or "", end="", flush=True)
         content += delta.content or ""
         for part in delta.tool_calls or ():
             if part.id:  # a call begins; its arguments follow in pieces
-                calls.append({"id": part.id, "type": "function", "function": {"name": part.function.name, "arguments": ""}})
+                function = {"name": part.function.name, "arguments": ""}
+                calls.append({"id": part.id, "type": "function", "function": function})
             calls[part.index]["function"]["arguments"] += part.function.arguments or ""
     print("]" if thinks else "")
-    return {"role": "assistant", "content": content or None if calls else content, **({"tool_calls": calls} if calls else {})}
+    message = {"role": "assistant", "content": content or None if calls else content}
+    return {**message, "tool_calls": calls} if calls else message
 
 
-def answer(client, messages, args):
-    """Append to the messages what it takes until the assistant calls no more tools."""
+def answer(client: OpenAI, messages: list[dict], args: ChatArgs) -> None:
+    """Append the assistant's messages and the results of its tools, until it calls none."""
     for _ in range(MOST_ROUNDS):
-        message = reply_to(client, messages, args)
+        message = complete(client, messages, args)
         messages.append(message)
         if "tool_calls" not in message:
             return
@@ -94,21 +117,26 @@ def answer(client, messages, args):
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(ChatArgs, argv)
+    import openai
+
     client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
     try:
         args.model = args.model or client.models.list().data[0].id
         messages = []
         while True:
-            messages.append({"role": "user", "content": args.prompt if args.prompt is not None else input("> ")})
+            text = args.prompt if args.prompt is not None else input("> ")
+            messages.append({"role": "user", "content": text})
             answer(client, messages, args)
             if args.prompt is not None:
                 return
     except EOFError:
         print()
     except openai.APIConnectionError as error:
-        raise OSError(f"no server answers at {args.base_url}: start one with scripts/serve_openai_api.py") from error
+        raise OSError(
+            f"no server answers at {args.base_url}: start one with scripts/serve_openai_api.py"
+        ) from error
     except openai.APIError as error:  # of a status, or in the middle of a stream
         raise ValueError(f"{args.base_url}: {error.message}") from error
 

@@ -1,10 +1,11 @@
-"""From nothing to a chat model: build the toy world, pretrain, fine-tune, score, and show what it says.
+"""From nothing to a chat model: build the toy world, pretrain, fine-tune, score, and show some
+conversations.
 
     bash scripts/quickstart.sh            # makes the environment first
     python scripts/quickstart.py          # in an environment that is there
 
-Run again, it does only what is missing. On a CPU it trains the `tiny` preset on the small level of the toy world, on a
-GPU `minimind-3` on the large one.
+Run again, it does only the missing parts. On a CPU it trains the `tiny` preset on the small level
+of the toy world, on a GPU `minimind-3` on the large one.
 """
 
 import json
@@ -12,105 +13,127 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 import eval_llm
 from dataset import toy_world
-from dataset.chat_format import encode_prompt
-from trainer import train_full_sft, train_pretrain
-from trainer.arguments import arg, command, parse_args
-from trainer.evaluation import evaluation_engine, greedy_texts
-from trainer.metrics import write_json
+from dataset.toy.rows import heldout_questions
+from dataset.toy.scorer import ask, format_table
+from dataset.toy.world import make_world
+from trainer.runtime.arguments import arg, command, parse_args
+from trainer.runtime.metrics import write_json
 
-# level of the world, preset, and what each stage is given
+# level of the world, preset, and the flags of each stage
 CPU = dict(
-    level="mini", preset="tiny",
-    pretrain=["--optimizer", "muon", "--learning_rate", "3e-3", "--batch_size", "3"],
-    sft=["--optimizer", "muon", "--learning_rate", "2e-3", "--batch_size", "3", "--epochs", "2"])
+    level="mini",
+    preset="tiny",
+    pretrain="--optimizer muon --learning_rate 3e-3 --batch_size 3".split(),
+    sft="--optimizer muon --learning_rate 2e-3 --batch_size 3 --epochs 2".split(),
+)
 GPU = dict(
-    level="full", preset="minimind-3",
-    pretrain=["--optimizer", "muon", "--learning_rate", "1e-3", "--batch_size", "8", "--max_seq_len", "2048"],
-    sft=["--optimizer", "muon", "--learning_rate", "5e-4", "--batch_size", "8", "--max_seq_len", "2048"])
+    level="full",
+    preset="minimind-3",
+    pretrain="--optimizer muon --learning_rate 1e-3 --batch_size 8 --max_seq_len 2048".split(),
+    sft="--optimizer muon --learning_rate 5e-4 --batch_size 8 --max_seq_len 2048".split(),
+)
 
 
 @dataclass
 class QuickstartArgs:
     save_dir: str = arg(str(ROOT / "out" / "quickstart"), "folder for the two runs")
     device: str = arg("auto", "cpu or cuda; auto: the GPU if there is one")
-    max_steps: int | None = arg(None, "end each stage after so many steps: to see only that everything works")
+    max_steps: int | None = arg(
+        None, "end each stage after so many steps: to see only that everything works"
+    )
     limit: int = arg(40, "questions of each skill when scoring")
     json: str = arg("", "write the times and the accuracies to this file too")
 
 
-def stage(module, name, args, plan, seconds):
-    """Run a training stage, or go on with it, or leave it if it is done; returns its folder."""
+def train(
+    module: ModuleType, name: str, args: QuickstartArgs, plan: dict, seconds: dict[str, float]
+) -> Path:
+    """Run a training stage, or resume it, or leave it if it is done; returns its folder."""
+    kind = "pretrain" if name == "pretrain" else "sft"
     folder = Path(args.save_dir) / f"{name}_{plan['preset']}"
-    data = ROOT / "dataset" / f"toy_{plan['level']}" / f"{'pretrain' if name == 'pretrain' else 'sft'}_train.jsonl"
-    flags = ["--data_path", str(data), "--save_dir", args.save_dir, "--preset", plan["preset"], "--device", args.device,
-             *plan["pretrain" if name == "pretrain" else "sft"]]
+    data = ROOT / "dataset" / f"toy_{plan['level']}" / f"{kind}_train.jsonl"
+    flags = ["--data_path", str(data), "--save_dir", args.save_dir]
+    flags += ["--preset", plan["preset"], "--device", args.device, *plan[kind]]
     if args.max_steps:
         flags += ["--max_steps", str(args.max_steps)]
     if (folder / "checkpoints").is_dir():
         flags.append("--from_resume")
-    print(f"\n== {name}: python trainer/train_{name}.py {' '.join(flags)}".replace(f"{ROOT}/", ""), flush=True)
+    command_line = f"python trainer/train_{name}.py {' '.join(flags)}".replace(f"{ROOT}/", "")
+    print(f"\n== {name}: {command_line}", flush=True)
     start = time.perf_counter()
     module.main(flags)
     seconds[name] = round(time.perf_counter() - start, 1)
     return folder
 
 
-def score(folder, args, plan):
-    """Accuracy on held-out questions, kept beside the weights; measured again only if those are newer."""
+def score(folder: Path, args: QuickstartArgs, plan: dict) -> list[dict]:
+    """Accuracy on held-out questions, kept in the run's folder; measured again if the weights are
+    newer.
+    """
     kept = folder / f"toy_{args.limit}.json"
     if not kept.is_file() or kept.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
-        eval_llm.main(["--weight", str(folder), "--benchmark", "toy", "--toy_level", plan["level"], "--limit", str(args.limit),
-                       "--device", args.device, "--json", str(kept)])
-    else:
-        print(toy_world.format_table(json.loads(kept.read_text(encoding="utf-8"))["rows"]))
-    return json.loads(kept.read_text(encoding="utf-8"))["rows"]
+        flags = ["--weight", folder, "--benchmark", "toy", "--toy_level", plan["level"]]
+        flags += ["--limit", args.limit, "--device", args.device, "--json", kept]
+        eval_llm.main([str(flag) for flag in flags])
+        return json.loads(kept.read_text(encoding="utf-8"))["rows"]
+    rows = json.loads(kept.read_text(encoding="utf-8"))["rows"]
+    print(format_table(rows))
+    return rows
 
 
-def converse(folder, args, plan):
-    """Print the conversation about one held-out question of each skill, in turn in Chinese and in English."""
-    chat = eval_llm.parse_args(eval_llm.EvalArgs, ["--weight", str(folder), "--device", args.device])
-    run = eval_llm.Compute(chat)
+def converse(folder: Path, args: QuickstartArgs, plan: dict) -> None:
+    """Print the conversation about one held-out question of each skill, Chinese and English in
+    turn.
+    """
+    from dataset.chat.format import encode_prompt
+    from scripts.toy_benchmark import evaluation_engine, greedy_texts, print_conversation
+    from trainer.runtime.process import Compute
+
+    flags = ["--weight", str(folder), "--device", args.device]
+    chat = parse_args(eval_llm.EvalArgs, flags)
+    run = Compute(chat)
     model, tokenizer, _ = eval_llm.load(chat, run.device)
     engine = evaluation_engine(model, tokenizer, run, max_batch_size=1)
 
-    def reply(messages, tools):
+    def complete(messages: list[dict], tools: list | None) -> str:
         return greedy_texts(engine, [encode_prompt(tokenizer, messages, tools)], 128)[0]
 
-    questions = toy_world.heldout_questions(toy_world.make_world(plan["level"]), 4)
+    questions = heldout_questions(make_world(plan["level"]), 4)
     skills = dict.fromkeys(question.skill for question in questions)
     for number, skill in enumerate(skills):
         language = ("zh", "en")[number % 2]
         question = next(q for q in questions if q.skill == skill and q.language == language)
-        right, messages = toy_world.ask(question, reply)
+        right, messages = ask(question, complete)
         print(f"--- {skill}, {'right' if right else f'wrong: {question.answer} was expected'}")
-        for message in messages:
-            for call in message.get("tool_calls") or ():
-                print(f"  assistant: calls {call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})")
-            if message["content"]:
-                print(f"  {message['role']}: {message['content'].strip()}")
+        print_conversation(messages)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(QuickstartArgs, argv)
+    import torch
+
+    from trainer import train_full_sft, train_pretrain
+
     if args.max_steps and "save_dir" not in args.given:
         args.save_dir += f"_{args.max_steps}_steps"
-    has_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    has_gpu = args.device.startswith("cuda") or (
+        args.device == "auto" and torch.cuda.is_available()
+    )
     plan, seconds = GPU if has_gpu else CPU, {}
 
     print(f"== toy world, level {plan['level']}", flush=True)
     start = time.perf_counter()
     toy_world.main(["--level", plan["level"]])
     seconds["world"] = round(time.perf_counter() - start, 1)
-    stage(train_pretrain, "pretrain", args, plan, seconds)
-    folder = stage(train_full_sft, "full_sft", args, plan, seconds)
+    train(train_pretrain, "pretrain", args, plan, seconds)
+    folder = train(train_full_sft, "full_sft", args, plan, seconds)
 
     print("\n== accuracy on questions that were held out of training", flush=True)
     start = time.perf_counter()
@@ -120,7 +143,8 @@ def main(argv=None):
     converse(folder, args, plan)
 
     print("\nseconds: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
-    print(f"The model is in {folder}. Talk to it:\n\n    .venv/bin/python eval_llm.py --weight {folder}".replace(f"{ROOT}/", ""))
+    talk = f".venv/bin/python eval_llm.py --weight {folder}".replace(f"{ROOT}/", "")
+    print(f"The model is in {folder}. Talk to it:\n\n    {talk}".replace(f"{ROOT}/", ""))
     if args.json:
         write_json(args.json, {"seconds": seconds, "accuracy": rows})
 

@@ -1,10 +1,13 @@
 """Pictures of the web page, made by a real browser: docs/web_*.png.
 
-    python scripts/web_screenshots.py                    # of the quick start's runs; needs Chromium and playwright
+    python scripts/web_screenshots.py        # needs Chromium and playwright
     python scripts/web_screenshots.py --save_dir out --out /tmp/pictures
 
-Needs `pip install playwright` (it is in requirements-dev.txt) and a `chromium` on the path (`apt install chromium`).
+Needs `pip install playwright` (it is in requirements-dev.txt) and a `chromium` on the path (`apt
+install chromium`).
 """
+
+from __future__ import annotations
 
 import shutil
 import socket
@@ -12,18 +15,32 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainer.arguments import arg, command, parse_args
+from trainer.runtime.arguments import arg, command, parse_args
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 WIDE, NARROW = (1440, 900), (390, 844)
-DRAWN = ", ".join(f"[data-testid=stMain] [data-testid={part}]" for part in ("stHeading", "stAlert", "stVegaLiteChart"))
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+DRAWN = ", ".join(
+    f"[data-testid=stMain] [data-testid={part}]"
+    for part in ("stHeading", "stAlert", "stVegaLiteChart")
+)
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @dataclass
@@ -31,21 +48,30 @@ class PictureArgs:
     save_dir: str = arg(str(ROOT / "out"), "folder with the runs to show")
     out: str = arg(str(ROOT / "docs"), "where to write the pictures")
 
-    def check(self):
+    def check(self) -> None:
         """ValueError where there is no browser."""
         if not shutil.which("chromium"):
             raise ValueError("no chromium is on the path: install it (apt install chromium)")
 
 
 @contextmanager
-def served(save_dir, script=ROOT / "scripts/web_demo.py", by_streamlit=False, patience=60):
-    """The address of a page that serves `save_dir` as long as the context lasts; by_streamlit: started with `streamlit run`."""
+def served(
+    save_dir: str | Path,
+    script: Path = ROOT / "scripts/web_demo.py",
+    by_streamlit: bool = False,
+    patience: float = 60,
+) -> Iterator[str]:
+    """The address of a page that serves `save_dir` as long as the context lasts; by_streamlit:
+    started with `streamlit run`.
+    """
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    start = ["-m", "streamlit", "run", script, "--server.headless=true", "--server.address=127.0.0.1", f"--server.port={port}",
-             "--"] if by_streamlit else [script, "--port", port]
-    argv = [sys.executable, *map(str, start), "--save_dir", str(save_dir)]
+    start = [str(script), "--port", str(port)]
+    if by_streamlit:
+        start = ["-m", "streamlit", "run", str(script), "--server.headless=true"]
+        start += ["--server.address=127.0.0.1", f"--server.port={port}", "--"]
+    argv = [sys.executable, *start, "--save_dir", str(save_dir)]
     process = subprocess.Popen(argv, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(f"http://127.0.0.1:{port}/_stcore/health", process, patience)
@@ -55,19 +81,22 @@ def served(save_dir, script=ROOT / "scripts/web_demo.py", by_streamlit=False, pa
         process.wait(20)
 
 
-def wait_for(address, process, patience):
-    """Return once the address answers; RuntimeError if the process ends or does not make it in `patience` seconds."""
+def wait_for(address: str, process: subprocess.Popen, patience: float) -> None:
+    """Return once the address answers; RuntimeError if the process ends, or after `patience`
+    seconds.
+    """
     end = time.monotonic() + patience
     while time.monotonic() < end and process.poll() is None:
         try:
-            return urllib.request.urlopen(address, timeout=2).read()
+            urllib.request.urlopen(address, timeout=2).read()
+            return
         except OSError:
             time.sleep(0.2)
     raise RuntimeError(f"the page did not start at {address}")
 
 
 @contextmanager
-def chromium():
+def chromium() -> Iterator[Browser]:
     """A headless browser that reaches out to nothing."""
     from playwright.sync_api import sync_playwright
 
@@ -79,16 +108,24 @@ def chromium():
             browser.close()
 
 
-def open_page(browser, address, size=WIDE, language="en", scheme="light"):
+def open_page(
+    browser: Browser,
+    address: str,
+    size: tuple[int, int] = WIDE,
+    language: str = "en",
+    scheme: str = "light",
+) -> Page:
     """A visitor's page, once it has been drawn."""
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, locale="en-US")
+    context = browser.new_context(
+        viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, locale="en-US"
+    )
     page = context.new_page()
     page.goto(f"{address}?lang={language}")
     page.locator(DRAWN).first.wait_for(timeout=60_000)
     return page
 
 
-def ask(page, text):
+def ask(page: Page, text: str) -> None:
     """Type a message and wait until the answer is there."""
     page.locator("[data-testid=stChatInput] textarea").fill(text)
     page.keyboard.press("Enter")
@@ -97,23 +134,15 @@ def ask(page, text):
     page.locator(".st-key-stop").wait_for(state="detached", timeout=60_000)
 
 
-def choose(page, label, option):
-    """Take an option of a select box."""
-    page.get_by_role("combobox", name=label).click()
-    page.get_by_role("option", name=option, exact=True).click()
-    page.keyboard.press("Escape")
-    page.wait_for_timeout(1000)
-
-
-def shoot(page, path):
-    """Write what is seen to a file, with nothing under the mouse."""
+def shoot(page: Page, path: str) -> None:
+    """Write a picture of the page to a file, with nothing under the mouse."""
     page.mouse.move(0, 0)
     page.wait_for_timeout(1500)
     page.screenshot(path=path)
     print(f"{path}: {Path(path).stat().st_size / 1000:.0f} kB")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(PictureArgs, argv)
     with served(args.save_dir) as address, chromium() as browser:
         page = open_page(browser, address)

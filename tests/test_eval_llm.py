@@ -12,6 +12,7 @@ import eval_llm
 from model.model_lora import AdapterOnly, LoRASettings, add_adapter, merge_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.reward_model import MiniMindForSequenceClassification
+from scripts.terminal_chat import Talk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,11 +20,18 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     """A folder with an (untrained) pretrained run and a chat run."""
-    monkeypatch.setattr("dataset.lm_dataset.DEFAULT_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("dataset.token_dataset.DEFAULT_CACHE", tmp_path / "cache")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
     template = tokenizer.chat_template
-    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                                               intermediate_size=16))
+    model = MiniMindForCausalLM(
+        MiniMindConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=16,
+        )
+    )
     for name in ("pretrain_16x1", "full_sft_16x1"):
         model.save_pretrained(tmp_path / "out" / name)
         tokenizer.chat_template = template if "sft" in name else None
@@ -33,14 +41,16 @@ def out(tmp_path, monkeypatch):
 
 
 def fake_replies(monkeypatch, replies):
-    """Let the engine answer with these texts; returns the list that the prompts, as text, will be added to."""
+    """Let the engine answer with these texts; returns the list that the prompts, as text, will be
+    added to.
+    """
     seen, replies = [], iter(replies)
 
     def generate(talk, prompt):
         seen.append(talk.tokenizer.decode(prompt))
         return SimpleNamespace(text=next(replies), sampled=[1])
 
-    monkeypatch.setattr(eval_llm.Talk, "generate", generate)
+    monkeypatch.setattr(Talk, "generate", generate)
     return seen
 
 
@@ -50,7 +60,14 @@ def type_lines(monkeypatch, *lines):
 
 
 def flags(out, *more):
-    return ["--save_dir", str(out), "--device", "cpu", *(() if "bpb" in more else ("--max_new_tokens", "4")), *more]
+    return [
+        "--save_dir",
+        str(out),
+        "--device",
+        "cpu",
+        *(() if "bpb" in more else ("--max_new_tokens", "4")),
+        *more,
+    ]
 
 
 def test_a_chat_model_gets_the_template_and_a_pretrained_one_the_text(out, monkeypatch):
@@ -58,36 +75,86 @@ def test_a_chat_model_gets_the_template_and_a_pretrained_one_the_text(out, monke
     eval_llm.main(flags(out, "--prompt", "hi"))
     eval_llm.main(flags(out, "--prompt", "hi", "--weight", "pretrain"))
     eval_llm.main(flags(out, "--prompt", "hi", "--open_thinking", "0", "--system", "Be kind."))
-    assert seen == ["<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<|endoftext|>hi",
-                    "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-                    "<think>\n\n</think>\n\n"]
+    assert seen == [
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "<|endoftext|>hi",
+        "<|im_start|>system\nBe "
+        "kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n",
+    ]
 
 
 def test_chat_keeps_a_bounded_history_and_forgets_on_request(out, monkeypatch, capsys):
     seen = fake_replies(monkeypatch, "abcde")
     type_lines(monkeypatch, "one", "two", "three", "/reset", "four", "/what", "/exit")
     eval_llm.main(flags(out, "--historys", "1"))
-    contents = [[part.split("<|im_end|>")[0].split("\n", 1)[1] for part in text.split("<|im_start|>")[1:-1]] for text in seen]
+    contents = [
+        [part.split("<|im_end|>")[0].split("\n", 1)[1] for part in text.split("<|im_start|>")[1:-1]]
+        for text in seen
+    ]
     assert contents == [["one"], ["one", "a", "two"], ["two", "b", "three"], ["four"]]
     out = capsys.readouterr().out
-    assert out.count("/reset ") == 2 and "[not understood: /what]\n" in out and "[the conversation is forgotten]" in out
+    assert (
+        out.count("/reset ") == 2
+        and "[not understood: /what]\n" in out
+        and "[the conversation is forgotten]" in out
+    )
 
 
 def test_commands_of_the_chat(out, tmp_path, monkeypatch, capsys):
     seen = fake_replies(monkeypatch, ["yes", "why\n</think>\n\nno", "ok", "ok"])
     saved = tmp_path / "saved.jsonl"
-    type_lines(monkeypatch, "/save x", "/system Be kind.", "/system", "one\\", "more", "/think on", "two", f"/save {saved}",
-               "/think maybe", "/think off", "/reset", '"""a', "", 'b"""', "/think auto", "/new", "three", "/exit")
+    type_lines(
+        monkeypatch,
+        "/save x",
+        "/system Be kind.",
+        "/system",
+        "one\\",
+        "more",
+        "/think on",
+        "two",
+        f"/save {saved}",
+        "/think maybe",
+        "/think off",
+        "/reset",
+        '"""a',
+        "",
+        'b"""',
+        "/think auto",
+        "/new",
+        "three",
+        "/exit",
+    )
     eval_llm.main(flags(out))
-    turns = ["<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
-    assert seen == [f"{turns[0]}one\nmore{turns[1]}",
-                    f"{turns[0]}one\nmore{turns[1]}yes<|im_end|>\n<|im_start|>user\ntwo{turns[1]}<think>\n",
-                    f"{turns[0]}a\n\nb{turns[1]}<think>\n\n</think>\n\n", f"{turns[0]}three{turns[1]}"]
+    turns = [
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    assert seen == [
+        f"{turns[0]}one\nmore{turns[1]}",
+        f"{turns[0]}one\nmore{turns[1]}yes<|im_end|>\n<|im_start|>user\ntwo{turns[1]}<think>\n",
+        f"{turns[0]}a\n\nb{turns[1]}<think>\n\n</think>\n\n",
+        f"{turns[0]}three{turns[1]}",
+    ]
     row = json.loads(saved.read_text())
-    assert [message["role"] for message in row["conversations"]] == ["system", "user", "assistant", "user", "assistant"]
-    assert row["conversations"][-1] == {"role": "assistant", "content": "no", "reasoning_content": "\nwhy\n"}
+    assert [message["role"] for message in row["conversations"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert row["conversations"][-1] == {
+        "role": "assistant",
+        "content": "no",
+        "reasoning_content": "\nwhy\n",
+    }
     printed = capsys.readouterr().out
-    assert "nothing to save" in printed and "[system prompt: Be kind.]" in printed and "[system prompt: Be kind.; the " in printed
+    assert (
+        "nothing to save" in printed
+        and "[system prompt: Be kind.]" in printed
+        and "[system prompt: Be kind.; the " in printed
+    )
     assert printed.count("/think on|off") == 2
 
 
@@ -111,10 +178,10 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(out, monkeypatch, capsys):
 
 
 def test_a_conversation_that_is_too_long_is_said(out, monkeypatch, capsys):
-    monkeypatch.setattr("eval_llm.MAX_LEN", 20)
+    monkeypatch.setattr("scripts.terminal_chat.MAX_LEN", 20)
     type_lines(monkeypatch, "word " * 40, "/exit")
     eval_llm.main(flags(out))
-    assert "20 is the most for prompt and answer" in capsys.readouterr().out
+    assert "20 is the most for prompt and completion" in capsys.readouterr().out
 
 
 def adapter(folder, base, seed):
@@ -132,57 +199,103 @@ def adapter(folder, base, seed):
 def test_adapters_are_added_up_and_switched_in_the_chat(out, tmp_path, monkeypatch, capsys):
     base = out / "full_sft_16x1"
     one, two = (adapter(tmp_path / name, base, seed) for seed, name in enumerate(("one", "two.1")))
-    answers, generate = [], eval_llm.Talk.generate
-    monkeypatch.setattr(eval_llm.Talk, "generate", lambda talk, prompt: answers.append(generate(talk, prompt)) or answers[-1])
+    answers, generate = [], Talk.generate
+    monkeypatch.setattr(
+        Talk, "generate", lambda talk, prompt: answers.append(generate(talk, prompt)) or answers[-1]
+    )
     greedy = ("--temperature", "0", "--show_speed", "0")
     expected = {}
-    for name, folders in (("none", []), ("one", [one]), ("two_1", [two]), ("one two_1", [one, two])):
-        eval_llm.main(flags(out, "--prompt", "hi", *greedy, *(["--adapter", *folders] if folders else [])))
+    for name, folders in (
+        ("none", []),
+        ("one", [one]),
+        ("two_1", [two]),
+        ("one two_1", [one, two]),
+    ):
+        eval_llm.main(
+            flags(out, "--prompt", "hi", *greedy, *(["--adapter", *folders] if folders else []))
+        )
         expected[name] = answers.pop().sampled
         merged = merge_adapter(MiniMindForCausalLM.from_pretrained(base), *folders)
         prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
         ids = torch.tensor([AutoTokenizer.from_pretrained(base)(prompt).input_ids])
-        text = merged.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[0, 2])[0, ids.shape[1]:].tolist()
-        assert expected[name] == text[:len(expected[name])]
+        text = merged.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[0, 2])[
+            0, ids.shape[1] :
+        ].tolist()
+        assert expected[name] == text[: len(expected[name])]
     assert len(set(map(tuple, expected.values()))) == 4
     names = ["two_1", "none", "one", "one two_1", "three"]
-    type_lines(monkeypatch, "hi", *(line for name in names for line in (f"/adapter {name}", "/reset", "hi")), "/exit")
+    type_lines(
+        monkeypatch,
+        "hi",
+        *(line for name in names for line in (f"/adapter {name}", "/reset", "hi")),
+        "/exit",
+    )
     eval_llm.main(flags(out, *greedy, "--adapter", one, two))
-    assert [answer.sampled for answer in answers] == [expected[name] for name in ("one two_1", *names[:-1], "one two_1")]
+    assert [answer.sampled for answer in answers] == [
+        expected[name] for name in ("one two_1", *names[:-1], "one two_1")
+    ]
     said = capsys.readouterr().out
-    assert "[adapter: two_1]" in said and "[there is no adapter 'three'; there are: one, two_1]" in said
+    assert (
+        "[adapter: two_1]" in said
+        and "[there is no adapter 'three'; there are: one, two_1]" in said
+    )
 
 
 def test_adapters_of_any_folder_names_get_names(out, tmp_path, monkeypatch, capsys):
     base = out / "full_sft_16x1"
-    folders = [adapter(tmp_path / name, base, seed) for seed, name in enumerate(("lora", "more/lora", "train"))]
+    folders = [
+        adapter(tmp_path / name, base, seed)
+        for seed, name in enumerate(("lora", "more/lora", "train"))
+    ]
     type_lines(monkeypatch, "/adapter lora-2 adapter-train", "/adapter x", "/exit")
     eval_llm.main(flags(out, "--adapter", *folders))
     said = capsys.readouterr().out
-    assert "[adapter: lora-2 adapter-train]" in said and "there are: lora, lora-2, adapter-train]" in said
+    assert (
+        "[adapter: lora-2 adapter-train]" in said
+        and "there are: lora, lora-2, adapter-train]" in said
+    )
 
 
 def test_a_reward_model_is_named(out):
     model = MiniMindForCausalLM.from_pretrained(out / "full_sft_16x1")
     MiniMindForSequenceClassification.from_causal_lm(model).save_pretrained(out / "reward_16x1")
-    with pytest.raises(ValueError, match=r"reward_16x1 is a reward model, .*: give a language model"):
+    with pytest.raises(
+        ValueError, match=r"reward_16x1 is a reward model, .*: give a language model"
+    ):
         eval_llm.main(flags(out, "--weight", "reward", "--prompt", "hi"))
 
 
 def test_an_adapter_in_place_of_a_network_is_named(out, tmp_path):
     folder = adapter(out / "lora_16x1", out / "full_sft_16x1", 0)
     for name in ("lora", folder):
-        with pytest.raises(ValueError, match=r"lora_16x1 is an adapter.*give .*full_sft_16x1, and the adapter as --adapter"):
+        with pytest.raises(
+            ValueError,
+            match=r"lora_16x1 is an adapter.*give .*full_sft_16x1, and the adapter as --adapter",
+        ):
             eval_llm.main(flags(out, "--weight", name, "--prompt", "hi"))
 
 
 def test_answers_are_searched_for_their_keyword(out, tmp_path, monkeypatch, capsys):
-    rows = [{"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "keyword": keyword,
-             "skill": skill} for keyword, skill in (("honey", "medical"), ("ice", "medical"), ("Nova", "identity"))]
+    rows = [
+        {
+            "conversations": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"},
+            ],
+            "keyword": keyword,
+            "skill": skill,
+        }
+        for keyword, skill in (("honey", "medical"), ("ice", "medical"), ("Nova", "identity"))
+    ]
     data, figures = tmp_path / "rows.jsonl", tmp_path / "figures.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("trainer.evaluation.greedy_texts", lambda engine, prompts, most: ["Some Honey.", "Nice.", "I am Nova."])
-    eval_llm.main(flags(out, "--benchmark", "keyword", "--data_path", str(data), "--json", str(figures)))
+    monkeypatch.setattr(
+        "scripts.toy_benchmark.greedy_texts",
+        lambda engine, prompts, most: ["Some Honey.", "Nice.", "I am Nova."],
+    )
+    eval_llm.main(
+        flags(out, "--benchmark", "keyword", "--data_path", str(data), "--json", str(figures))
+    )
     found = {row["skill"]: row["accuracy"] for row in json.loads(figures.read_text())["rows"]}
     assert found == {"medical": 0.5, "identity": 1.0, "overall": pytest.approx(2 / 3)}
     assert "medical" in capsys.readouterr().out
@@ -196,14 +309,27 @@ def test_one_shot_streams_and_prints_the_speed(out, capsys):
 
 
 def test_benchmarks_write_their_figures(out, tmp_path, capsys):
-    eval_llm.main(flags(out, "--benchmark", "toy", "--limit", "1", "--json", str(tmp_path / "toy.json")))
+    eval_llm.main(
+        flags(out, "--benchmark", "toy", "--limit", "1", "--json", str(tmp_path / "toy.json"))
+    )
     rows = json.loads((tmp_path / "toy.json").read_text())["rows"]
     assert rows[-1]["skill"] == "overall" and {"chance", "low", "high"} <= rows[0].keys()
     data = tmp_path / "text.jsonl"
     data.write_text('{"text": "some words"}\n')
-    eval_llm.main(flags(out, "--weight", "pretrain", "--benchmark", "bpb", "--data_path", str(data),
-                        "--json", str(tmp_path / "bpb.json")))
-    row, = json.loads((tmp_path / "bpb.json").read_text())["rows"]
+    eval_llm.main(
+        flags(
+            out,
+            "--weight",
+            "pretrain",
+            "--benchmark",
+            "bpb",
+            "--data_path",
+            str(data),
+            "--json",
+            str(tmp_path / "bpb.json"),
+        )
+    )
+    (row,) = json.loads((tmp_path / "bpb.json").read_text())["rows"]
     assert row["bytes"] == 10 and 0 < row["bpb"] < 20
     assert "bits per byte" in capsys.readouterr().out
 
@@ -212,13 +338,15 @@ def test_thinking_is_not_seen_by_later_rounds(out, monkeypatch):
     seen = fake_replies(monkeypatch, ["why\n</think>\n\nyes"] * 2)
     type_lines(monkeypatch, "one", "two", "/exit")
     eval_llm.main(flags(out, "--open_thinking"))
-    assert seen[1] == ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
-                       "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert seen[1] == (
+        "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
 
 
 def test_older_pth_files_load_with_what_they_had_otherwise(tmp_path, out, monkeypatch):
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-    from trainer.weights import legacy_config
+    from trainer.runtime.weights import legacy_config
 
     args = eval_llm.parse_args(eval_llm.EvalArgs, ["--preset", "tiny"])
     args.preset = "minimind-3-moe"
@@ -229,8 +357,10 @@ def test_older_pth_files_load_with_what_they_had_otherwise(tmp_path, out, monkey
     model = MiniMindForCausalLM(MiniMindConfig.from_preset("tiny")).eval()
     torch.save({name: x.half() for name, x in model.state_dict().items()}, tmp_path / "chat.pth")
     loaded = []
-    monkeypatch.setattr(eval_llm.Talk, "answer", lambda talk, text: loaded.append(talk.engine.model))
-    eval_llm.main(flags(out, "--weight", str(tmp_path / "chat.pth"), "--preset", "tiny", "--prompt", "hi"))
+    monkeypatch.setattr(Talk, "answer", lambda talk, text: loaded.append(talk.engine.model))
+    eval_llm.main(
+        flags(out, "--weight", str(tmp_path / "chat.pth"), "--preset", "tiny", "--prompt", "hi")
+    )
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(loaded[0](ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)
 
@@ -241,20 +371,35 @@ def test_pth_files_need_their_shape(out, tmp_path):
         eval_llm.main(flags(out, "--weight", path, "--prompt", "hi", "--preset", "minimind2-small"))
 
 
-@pytest.mark.parametrize("written, message", [
-    (["--weight", "dpo"], "no weights are found as 'dpo'"), (["--weight", "pretrain", "--benchmark", "toy"], "only pretrained"),
-    (["--weight", "pretrain", "--mode", "chat"], "has no chat template")])
+@pytest.mark.parametrize(
+    "written, message",
+    [
+        (["--weight", "dpo"], "no weights are found as 'dpo'"),
+        (["--weight", "pretrain", "--benchmark", "toy"], "only pretrained"),
+        (["--weight", "pretrain", "--mode", "chat"], "has no chat template"),
+    ],
+)
 def test_what_cannot_work_says_why(out, written, message):
     with pytest.raises(ValueError, match=message):
         eval_llm.main(flags(out, *written))
 
 
-@pytest.mark.parametrize("written, message", [
-    (["--top_p", "0"], "--top_p 0.0"), (["--benchmark", "bpb"], "needs --data_path"),
-    (["--data_path", "x"], "--data_path has an effect with --benchmark bpb or --benchmark keyword only"),
-    (["--benchmark", "toy", "--prompt", "x"], "--prompt has an effect with talking only"),
-    (["--limit", "3"], "--limit has an effect with --benchmark toy only"), (["--json", "x"], "--json has an effect with"),
-    (["--test_prompts", "--prompt", "x"], "choose one"), (["--temperature", "-1"], "0 or more")])
+@pytest.mark.parametrize(
+    "written, message",
+    [
+        (["--top_p", "0"], "--top_p 0.0"),
+        (["--benchmark", "bpb"], "needs --data_path"),
+        (
+            ["--data_path", "x"],
+            "--data_path has an effect with --benchmark bpb or --benchmark keyword only",
+        ),
+        (["--benchmark", "toy", "--prompt", "x"], "--prompt has an effect with talking only"),
+        (["--limit", "3"], "--limit has an effect with --benchmark toy only"),
+        (["--json", "x"], "--json has an effect with"),
+        (["--test_prompts", "--prompt", "x"], "choose one"),
+        (["--temperature", "-1"], "0 or more"),
+    ],
+)
 def test_contradictory_flags_are_refused(written, message, capsys):
     with pytest.raises(SystemExit):
         eval_llm.main(written)

@@ -1,99 +1,111 @@
-"""Supervised fine-tuning: the pretrained network learns to answer, from conversations.
+"""Supervised fine-tuning: the pretrained network learns from conversations to answer.
 
-The loss is that of pretraining, -log p(token | what precedes it), summed over the assistant's tokens alone, the end
-token of each turn among them, and divided by their number in the optimizer step (Ouyang et al. 2022, section 3.5;
-masked as in Zhou et al. 2023). Which tokens are the assistant's is what the chat template says, not a search for
-markers, so nothing that a user types is ever trained on.
+The loss is that of pretraining, -log p(token | tokens before it), summed over the assistant's
+tokens alone, the end token of each turn among them, and divided by their number in the optimizer
+step (Ouyang et al. 2022, section 3.5; masked as in Zhou et al. 2023). The chat template says which
+tokens are the assistant's, not a search for special tokens, so no user's text is ever trained on.
 
-    python trainer/train_full_sft.py --max_steps 30 --from_weight none --save_weight try     # a minute on a CPU, toy world
-    python trainer/train_full_sft.py --data_path chat_zh.jsonl.xz chat_en.jsonl.xz --preset minimind-3 --batch_size 64
-    python trainer/train_full_sft.py --data_path my_shop.jsonl --from_weight out/full_sft_tiny --save_weight shop
+    python trainer/train_full_sft.py --max_steps 30 --from_weight none --save_weight try
+    python trainer/train_full_sft.py --data_path chat_zh.jsonl.xz chat_en.jsonl.xz \\
+        --preset minimind-3 --batch_size 64
+    python trainer/train_full_sft.py --data_path my_shop.jsonl --from_weight out/full_sft_tiny \\
+        --save_weight shop
 
-What to expect: the loss begins well below pretraining's start, since the words are known, and falls quickly; watch the
-held-out bits per byte for overfitting after more than a few epochs. --empty_think_share teaches answers without thinking
-after an empty think block, and --system_prompt_share to listen to system prompts. The weights are in
-out/full_sft_<preset>/: chat with eval_llm.py.
+What to expect: the loss begins well below pretraining's start, since the words are known, and falls
+quickly. After more than a few epochs watch the held-out bits per byte for overfitting.
+--empty_think_ratio teaches answers without reasoning after an empty think block,
+--system_prompt_ratio to follow system prompts. The weights are in out/full_sft_<preset>/: chat with
+eval_llm.py.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.inspect_rows import show_rows
-from dataset.lm_dataset import SFTDataset
-from dataset.packing import PackedBatches
-from dataset.toy_world import write_world
-from trainer.arguments import TrainArgs, arg, check_share, command, parse_args
-from trainer.checkpoint import Checkpoint
-from trainer.evaluation import validate, validation_sets
-from trainer.loop import Loop
-from trainer.optim import build_optimizer
-from trainer.run import Run
-from trainer.steps import count_targets, step_batches
-from trainer.weights import load_model, run_folder
-
-TOY = ROOT / "dataset" / "toy_mini"
+from trainer.runtime.arguments import arg, check_flags, check_ratio, command, parse_args
+from trainer.runtime.train_args import TrainArgs
 
 
 @dataclass
 class SFTArgs(TrainArgs):
-    data_path: list[str] = arg([], "rows of conversations; FILE@0.4 takes that share of them (default: the toy world)", nargs="+")
-    from_weight: str = arg("pretrain", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file")
-    save_weight: str = arg("full_sft", "name of this run: it is saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
+    data_path: list[str] = arg(
+        [],
+        "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)",
+        nargs="+",
+    )
+    from_weight: str = arg(
+        "pretrain", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file"
+    )
+    save_weight: str = arg("full_sft", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
     learning_rate: float = arg(1e-3, "peak learning rate")
-    system_prompt_share: float = arg(0.0, "share of the rows without a system message that get one")
-    empty_think_share: float = arg(0.0, "share of the answers without reasoning that get an empty think block")
+    system_prompt_ratio: float = arg(
+        0.0,
+        "fraction of the rows without a system message that get one",
+        aliases=("system_prompt_share",),
+    )
+    empty_think_ratio: float = arg(
+        0.0,
+        "fraction of the answers without reasoning that get an empty think block",
+        aliases=("empty_think_share",),
+    )
 
-    def check(self):
-        """TrainArgs.check, and the two shares."""
+    def check(self) -> None:
+        """TrainArgs.check, and the two ratios."""
         super().check()
-        check_share(self, "system_prompt_share", "empty_think_share")
+        check_ratio(self, "system_prompt_ratio", "empty_think_ratio")
 
 
-def main(argv=None):
+check_flags(SFTArgs, __name__)  # --help need not wait for torch, which is imported below
+
+from dataset.lm_dataset import SFTDataset
+from trainer.runtime.checkpoint import TrainState
+from trainer.runtime.data import open_datasets, training_batches
+from trainer.runtime.evaluation import validate
+from trainer.runtime.loop import Loop
+from trainer.runtime.optimizers import build_optimizer, learning_rate_at, set_learning_rate
+from trainer.runtime.run import Run
+from trainer.runtime.weights import load_model
+
+
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(SFTArgs, argv)
     with Run(args) as run:
-        if not args.data_path:
-            run.ranks.from_first(lambda: write_world("mini", TOY))
-            args.data_path = [str(TOY / "sft_train.jsonl")]
-        model, tokenizer = load_model(args, run.device)
-        folder = run_folder(args, model.config, run.ranks)
-
-        def build(paths):
-            return SFTDataset(
-                paths, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, cache_dir=args.cache_dir, num_proc=args.num_proc,
-                seed=args.seed, system_prompt_share=args.system_prompt_share,
-                empty_think_share=args.empty_think_share)
-
-        dataset = build(args.data_path)
-        if args.inspect:
-            return show_rows(dataset, tokenizer, args.inspect)
-        run.say(dataset.report)
-        training, held_out = validation_sets(args, dataset, build)
+        model, tokenizer = load_model(run)
+        train_set, val_sets = open_datasets(
+            run,
+            tokenizer,
+            SFTDataset,
+            ["sft_train.jsonl"],
+            seed=args.seed,
+            system_prompt_ratio=args.system_prompt_ratio,
+            empty_think_ratio=args.empty_think_ratio,
+        )
         optimizer = build_optimizer(model, args)
-        checkpoint = Checkpoint(folder, args, run, model, tokenizer, optimizer, training.fingerprint)
-        batches = step_batches(PackedBatches, training, args, run, tokenizer, checkpoint)
-        run.say(f"{folder}: {model.num_parameters() / 1e6:.1f}M parameters, {len(batches)} steps on {run}, "
-                f"{batches.padding_share:.1%} of the positions are padding; {run.memory_advice(model)}")
-        net = run.wrap(model, optimizer)
+        batches = training_batches(run, train_set, tokenizer.pad_token_id)
+        state = TrainState(model, tokenizer, optimizer, train_set.fingerprint)
+        loop = Loop(run, state, batches, partial(validate, run, model, tokenizer, val_sets))
 
-        def evaluate(index):
-            return validate(model, tokenizer, held_out, run, args, index)
-
-        with Loop(folder, args, run, model, optimizer, checkpoint, batches, training.fingerprint,
-                  evaluate if held_out else None) as loop:
-            for micro_batches in loop:
-                num_targets = run.sum(count_targets(micro_batches))  # of the whole step: all micro-batches of all ranks
-                loss = 0.0
-                for micro in micro_batches:
-                    with run.micro_step(is_last=micro is micro_batches[-1]):
-                        part = net(**run.to_device(micro), num_items_in_batch=num_targets, skip_logits=True).loss
-                        run.backward(part)
-                    loss += part.detach()
-                loop.update(run.sum(loss), num_targets, micro_batches)  # clip, step, log, validate, save
+        for step, micro_batches in loop:
+            learning_rate = learning_rate_at(step, len(batches), args)
+            set_learning_rate(optimizer, loop.learning_rate_factor * learning_rate)
+            # each loss is a part of the step's mean: its sum / the targets of all micro-batches and
+            # ranks; the parts add up
+            num_targets = run.count_targets(micro_batches)
+            for micro in micro_batches:
+                with run.micro_step(is_last=micro is micro_batches[-1]):
+                    loss = loop.net(
+                        **run.to_device(micro),
+                        num_items_in_batch=num_targets,
+                        head_positions="targets",
+                    ).loss
+                    run.backward(loss)
+                loop.means.add(loss=loss)
+            metrics = loop.means.reduce(run.ranks)
+            update = run.clip_and_step(model, optimizer, metrics["loss"])
+            loop.log(update, micro_batches, num_targets, **metrics)  # validates, saves when due
 
 
 if __name__ == "__main__":

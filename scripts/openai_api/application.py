@@ -1,5 +1,7 @@
 """The FastAPI application around the served models, and its OpenAPI document."""
 
+from typing import Any
+
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
@@ -7,31 +9,49 @@ from starlette.exceptions import HTTPException
 
 from scripts.openai_api.endpoints import router
 from scripts.openai_api.errors import ApiError, answer_api_error, answer_crash, answer_http_error
-from scripts.openai_api.http import Gate
+from scripts.openai_api.http import Gate, GateState
 from scripts.openai_api.metrics import Metrics
+from scripts.openai_api.model_pool import ServedModel
 from scripts.openai_api.requests import ChatRequest, CompletionRequest
 
 REFUSALS = {
-    "400": "The request cannot be served as it is; the message says why.", "401": "A wrong API key, or none.",
-    "404": "There is no such model.", "408": "The body did not come in time.", "413": "The body is too long.",
-    "429": "The queue is full; see Retry-After.", "500": "The engine has stopped.", "503": "The server is shutting down."}
-ERROR = {"type": "object", "required": ["error"], "properties": {"error": {
-    "type": "object", "required": ["message", "type", "param", "code"], "properties": {
-        "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
-        "code": {"type": ["string", "null"]}}}}}
+    "400": "The request cannot be served as it is; the message says why.",
+    "401": "A wrong API key, or none.",
+    "404": "There is no such model.",
+    "408": "The body did not come in time.",
+    "413": "The body is too long.",
+    "429": "The queue is full; see Retry-After.",
+    "500": "The engine has stopped.",
+    "503": "The server is shutting down.",
+}
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 BODIES = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
 
 
-class GateState:
-    """What the gate looks at, and counts."""
-
-    def __init__(self, api_key):
-        self.api_key, self.is_draining, self.num_active = api_key, False, 0
-
-
-def build_app(models, api_key="", max_body_bytes=4 << 20):
-    """The application that serves `models` ({name: ServedModel})."""
-    app = FastAPI(title="MiniMind", description="Chat and completions as OpenAI's clients know them.", version="1")
+def build_app(
+    models: dict[str, ServedModel], api_key: str = "", max_body_bytes: int = 4 << 20
+) -> FastAPI:
+    """The application that serves the models, by name."""
+    app = FastAPI(
+        title="MiniMind",
+        description="Chat and completions as OpenAI's clients know them.",
+        version="1",
+    )
     app.state.models, app.state.max_body_bytes = models, max_body_bytes
     app.state.metrics, app.state.gate = Metrics(models), GateState(api_key)
     app.include_router(router)
@@ -43,13 +63,19 @@ def build_app(models, api_key="", max_body_bytes=4 << 20):
     return app
 
 
-def document(app):
-    """The OpenAPI document: FastAPI's, with the bodies that the endpoints read themselves and the errors they answer with."""
+def document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, with the bodies that the endpoints read themselves, and
+    their errors.
+    """
     if app.openapi_schema:
         return app.openapi_schema
-    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, definitions = models_json_schema([(model, "validation") for model in BODIES.values()],
-                                        ref_template="#/components/schemas/{model}")
+    schema = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in BODIES.values()],
+        ref_template="#/components/schemas/{model}",
+    )
     parts = schema.setdefault("components", {}).setdefault("schemas", {})
     parts.update(definitions["$defs"], Error=ERROR)
     for name in ("ChatRequest", "CompletionRequest"):
@@ -63,21 +89,24 @@ def document(app):
     return schema
 
 
-def describe(operation, path, has_key):
-    """Add to one operation its body, the errors that it may answer with, and the key that it asks for."""
+def describe(operation: dict[str, Any], path: str, has_key: bool) -> None:
+    """Add to one operation its body, its possible errors, and the key that it asks for."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     statuses = {"400", "408", "413", "429", "500"} if path in BODIES else set()
     statuses |= {"404"} if path in BODIES or "{" in path else set()
     statuses |= {"503"} | ({"401"} if has_key and path != "/health" else set())
     operation["responses"].pop("422", None)
-    operation["responses"] |= {status: {"description": REFUSALS[status], "content": error} for status in sorted(statuses)}
+    operation["responses"] |= {
+        status: {"description": REFUSALS[status], "content": error} for status in sorted(statuses)
+    }
     if path == "/health":
         operation["responses"]["503"]["content"] = {"application/json": {}}
     if path == "/metrics":
         operation["responses"]["200"]["content"] = {"text/plain": {}}
     if path in BODIES:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {
-            "schema": {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}}}}
+        schema = {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}
+        content = {"application/json": {"schema": schema}}
+        operation["requestBody"] = {"required": True, "content": content}
         operation["responses"]["200"]["content"]["text/event-stream"] = {}
     if has_key and path != "/health":
         operation["security"] = [{"key": []}]

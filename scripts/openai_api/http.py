@@ -1,26 +1,45 @@
-"""What stands between the socket and the endpoints: who may come in, how much they may send, and whether they still listen."""
+"""Between the socket and the endpoints: the API key, limits of the body, clients that hang up."""
 
 import asyncio
 import hmac
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Protocol
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scripts.openai_api.errors import ApiError, draining
 
 BODY_SECONDS = 60
-SEND_SECONDS = 30  # a client that takes nothing for so long is given up
+SEND_SECONDS = 30  # a client that reads nothing for so long is given up
 ALWAYS_OPEN = ("/health", "/metrics")  # while the server drains
 
 
 class NobodyReads(Exception):
-    """The client takes nothing of its reply any more."""
+    """The client has stopped reading its response."""
 
 
-def in_time(send):
-    """`send` that raises NobodyReads after SEND_SECONDS. A timer costs each token less than asyncio.wait_for's task does."""
-    async def send_in_time(message):
+class Cancellable(Protocol):
+    """Work that can be ended early."""
+
+    def cancel(self) -> None: ...
+
+
+class GateState:
+    """The state of the gate: the key that it asks for, and the requests that it lets in."""
+
+    def __init__(self, api_key: str):
+        self.api_key, self.is_draining, self.num_active = api_key, False, 0
+
+
+def in_time(send: Send) -> Send:
+    """`send` that raises NobodyReads after SEND_SECONDS. A timer costs each token less than
+    asyncio.wait_for's task does.
+    """
+
+    async def send_in_time(message: Message) -> None:
         is_late = False
 
         def give_up():
@@ -43,12 +62,14 @@ def in_time(send):
 
 
 class Gate:
-    """ASGI middleware: refuses what comes without the key or while the server drains, and counts what is being served."""
+    """ASGI middleware: refuses requests without the key or while the server drains, and counts the
+    others.
+    """
 
-    def __init__(self, app, state):
+    def __init__(self, app: ASGIApp, state: GateState):
         self.app, self.state = app, state
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refusal = self._refusal(scope)
@@ -57,34 +78,49 @@ class Gate:
         self.state.num_active += 1
         try:
             await self.app(scope, receive, in_time(send))
-        except NobodyReads:  # the server closes a connection whose reply is not complete
+        except NobodyReads:  # the server closes a connection whose response is not complete
             pass
         finally:
             self.state.num_active -= 1
 
-    def _refusal(self, scope):
+    def _refusal(self, scope: Scope) -> ApiError | None:
         path = scope["path"]
         if self.state.is_draining and path not in ALWAYS_OPEN:
             return draining()
         if self.state.api_key and (path.startswith("/v1") or path == "/metrics"):
             sent = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(sent, b"Bearer " + self.state.api_key.encode()):
-                return ApiError(401, "a wrong API key, or none: send the header Authorization: Bearer KEY",
-                                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                return ApiError(
+                    401,
+                    "a wrong API key, or none: send the header Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
         return None
 
 
-async def read_body(request, limit):
-    """The body's bytes. ApiError 400 unless it is declared as JSON, 413 if longer than `limit`, 408 if it takes too long."""
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body's bytes. ApiError 400 unless it is declared as JSON, 413 if longer than `limit`, 408
+    if it takes too long.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a page of another site may send anything else to a server on this machine
-        raise ApiError(400, f"the content type is {kind or 'not given'}: send JSON, and say so in the header "
-                            "Content-Type: application/json")
-    too_long = ApiError(413, f"the body is longer than {limit:,} bytes, the most that this server takes", code="body_too_large",
-                        headers={"Connection": "close"})
+    # a page of another site may send anything else to a server on this machine
+    if kind != "application/json":
+        raise ApiError(
+            400,
+            f"the content type is {kind or 'not given'}: send JSON, and say so in the header "
+            "Content-Type: application/json",
+        )
+    too_long = ApiError(
+        413,
+        f"the body is longer than {limit:,} bytes, the most that this server takes",
+        code="body_too_large",
+        headers={"Connection": "close"},
+    )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise too_long
+
     async def read():
         body = bytearray()
         async for part in request.stream():
@@ -98,12 +134,17 @@ async def read_body(request, limit):
     except ClientDisconnect as error:
         raise ApiError(400, "the client left before it had sent its request") from error
     except asyncio.TimeoutError as error:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS} seconds", headers={"Connection": "close"}) from error
+        raise ApiError(
+            408,
+            f"the body did not come within {BODY_SECONDS} seconds",
+            headers={"Connection": "close"},
+        ) from error
 
 
 @asynccontextmanager
-async def while_connected(receive, generation):
+async def while_connected(receive: Receive, generation: Cancellable) -> AsyncIterator[None]:
     """Cancel the generation when the client hangs up, or when this block is left early."""
+
     async def watch():
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -118,15 +159,19 @@ async def while_connected(receive, generation):
 
 
 class EventStream(Response):
-    """Server-sent events: `parts` is an asynchronous iterator of bytes, which ends early when the client hangs up."""
+    """Server-sent events: `parts` is an asynchronous iterator of bytes, which ends early when the
+    client hangs up.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, parts, generation):
-        self.parts, self.generation, self.status_code, self.background = parts, generation, 200, None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # no body yet, so no length
+    def __init__(self, parts: AsyncIterator[bytes], generation: Cancellable):
+        self.parts, self.generation = parts, generation
+        self.status_code, self.background = 200, None
+        # no body yet, so no length
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with while_connected(receive, self.generation):
             async for part in self.parts:

@@ -1,28 +1,36 @@
-"""The networks that are served by name, each with an engine in a thread of its own, and the way from there to asyncio.
+"""The networks that are served by name, each with an engine in its own thread, and the way from
+there to asyncio.
 
-The engine's thread hands over what a step wrote once per step, for all answers together; the event loop then wakes those
-who wait. Whatever a Request may still change is copied into a `Piece` first.
+The engine's thread hands over its output once per step, for all completions together; the event
+loop then wakes those who wait. Whatever a Request may still change is copied into a `Piece` first.
 """
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from model.engine import Engine
+from model.engine import Engine, Output, Request
 from model.engine_thread import EngineThread
-from model.model_lora import merge_adapter
+from model.model_minimind import MiniMindForCausalLM
+from model.sampling import SamplingParams
+from scripts.checkpoint import load_checkpoint
 from scripts.openai_api.errors import ApiError, busy
 from scripts.openai_api.grammars import Grammars
-from trainer.weights import find_weight, read_weight, take_template
+from trainer.runtime.process import Compute
+from trainer.runtime.weights import find_weight
 
 SCORE_ROWS = 256  # prompt tokens whose logits [rows, V] are in memory at a time
 
 
 class Piece(NamedTuple):
-    """What one step did for choice number `index`: text, token (None: none), its log-probs, and in the end a reason."""
+    """The output of one step for choice number `index`: text, token (None: none), its log-probs,
+    and in the end a reason.
+    """
 
     index: int
     text: str
@@ -33,32 +41,36 @@ class Piece(NamedTuple):
 
 
 class Generation:
-    """All answers to one HTTP request. `async for pieces in generation` gives lists of Pieces until the last has ended."""
+    """All completions of one HTTP request. `async for pieces in generation` gives lists of Pieces
+    until the last has ended.
+    """
 
-    def __init__(self, served):
-        self.served, self.requests, self.arrived, self.ready = served, [], [], asyncio.Event()
-        self.unfinished = 0
+    def __init__(self, served: "ServedModel"):
+        self.served, self.unfinished = served, 0
+        self.requests: list[Request] = []
+        self.arrived: list[Piece] = []
+        self.ready = asyncio.Event()
 
-    def add(self, prompt, params):
-        """Start one more answer. ValueError if the prompt does not fit."""
+    def add(self, prompt: list[int], params: SamplingParams) -> None:
+        """Start one more completion. ValueError if the prompt does not fit."""
         index = len(self.requests)
         self.requests.append(self.served.submit(prompt, params, self, index))
         self.unfinished += 1
 
-    def put(self, piece):
+    def put(self, piece: Piece) -> None:
         """Called in the event loop with every piece."""
         self.arrived.append(piece)
         if piece.finish_reason or piece.error:
             self.unfinished -= 1
         self.ready.set()
 
-    def cancel(self):
-        """Let everything end: nobody reads it any more."""
+    def cancel(self) -> None:
+        """End all completions: nobody reads them any more."""
         for request in self.requests:
             if request.finish_reason is None:
                 self.served.thread.cancel(request)
 
-    async def __aiter__(self):
+    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
         while self.unfinished or self.arrived:
             await self.ready.wait()
             self.ready.clear()
@@ -71,47 +83,70 @@ class Generation:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is served at once; max_queue counts answers that wait for a slot."""
+    """How many completions of a model run at once, and how many may wait for a slot."""
 
     max_batch_size: int
     max_queue: int
 
     @property
-    def most(self):
+    def most(self) -> int:
+        """Completions that run or wait."""
         return self.max_batch_size + self.max_queue
 
 
 class ServedModel:
     """A network under the name by which clients ask for it."""
 
-    def __init__(self, name, model, tokenizer, limits, parent=None, **engine_options):
+    def __init__(
+        self,
+        name: str,
+        model: MiniMindForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        parent: str | None = None,
+        **engine_options: Any,
+    ):
         self.name, self.parent, self.limits, self.created = name, parent, limits, int(time.time())
         self.tokenizer, self.chats = tokenizer, bool(tokenizer.chat_template)
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        self.engine = Engine(model, tokenizer, max_batch_size=limits.max_batch_size, **engine_options)
+        self.engine = Engine(
+            model, tokenizer, max_batch_size=limits.max_batch_size, **engine_options
+        )
         self.grammars = Grammars(tokenizer, self.engine.end_ids)
-        self.names = [piece.decode("utf-8", "replace") or tokenizer.convert_ids_to_tokens(token)
-                      for token, piece in enumerate(self.engine.pieces)]
+        self.names = [
+            piece.decode("utf-8", "replace") or tokenizer.convert_ids_to_tokens(token)
+            for token, piece in enumerate(self.engine.pieces)
+        ]
         self.longest = max(map(len, self.names))  # characters that one token can stand for
         self.loop, self.outbox, self.in_flight = None, [], 0
         self.thread = EngineThread(self.engine, self._hand_over)
 
     @property
-    def max_len(self):
+    def max_len(self) -> int:
+        """Tokens of prompt and completion together, at most."""
         return self.engine.max_len
 
-    def check_room(self, number):
-        """ApiError unless `number` more answers can be taken in now."""
+    def check_room(self, number: int) -> None:
+        """ApiError unless `number` more completions can be accepted now."""
         if number > self.limits.most:
-            raise ApiError(400, f"{number} answers in one request: {self.limits.most} is the most that run and wait at once")
+            raise ApiError(
+                400,
+                f"{number} completions in one request: {self.limits.most} is the most that run "
+                "and wait at once",
+            )
         if self.in_flight + number > self.limits.most:
-            raise busy(f"{self.in_flight} answers run or wait already, {self.limits.most} is the most: try again in a moment")
+            raise busy(
+                f"{self.in_flight} completions run or wait already, {self.limits.most} is the "
+                "most: try again in a moment"
+            )
 
-    def submit(self, prompt, params, generation, index):
-        """Queue one answer of a Generation; its pieces come in the event loop that runs now."""
+    def submit(
+        self, prompt: list[int], params: SamplingParams, generation: Generation, index: int
+    ) -> Request:
+        """Queue one completion of a Generation; its pieces come in the event loop that runs now."""
         self.loop = asyncio.get_running_loop()
 
-        def on_output(output):
+        def on_output(output: Output | Exception) -> None:
             if isinstance(output, Exception):
                 piece = Piece(index, "", None, None, None, output)
             else:
@@ -127,7 +162,7 @@ class ServedModel:
         self.in_flight += 1
         return request
 
-    def _hand_over(self):
+    def _hand_over(self) -> None:
         """After a step, in the engine's thread."""
         if self.outbox:
             batch, self.outbox = self.outbox, []
@@ -136,60 +171,80 @@ class ServedModel:
             except RuntimeError:  # the loop is closed: the program ends, and nobody waits any more
                 pass
 
-    def _deliver(self, batch):
+    def _deliver(self, batch: list[tuple[Generation, Piece]]) -> None:
         for generation, piece in batch:
             self.in_flight -= piece.finish_reason is not None or piece.error is not None
             generation.put(piece)
 
-    async def score(self, prompt, number):
-        """The prompt's own log-probs under the bare model, as in `Request.top`, None for the first token."""
+    async def score(self, prompt: list[int], number: int) -> list[tuple | None]:
+        """The log-probs of the prompt's tokens under the bare model, as in `Request.top`, None for
+        the first.
+        """
         try:
-            return await asyncio.wrap_future(self.thread.call(lambda: self._score(prompt, number)))
+            future = self.thread.call(lambda: self.score_now(prompt, number))
+            return await asyncio.wrap_future(future)
         except RuntimeError as error:
             raise ApiError(503, str(error)) from error
 
     @torch.inference_mode()
-    def _score(self, prompt, number):
+    def score_now(self, prompt: list[int], number: int) -> list[tuple | None]:
+        """`score` in the thread of the engine."""
         network = self.engine.network
         ids = torch.tensor([prompt], device=self.engine.device)
         hidden, top = network.model(ids).last_hidden_state[0], [None]
         for start in range(0, len(prompt) - 1, SCORE_ROWS):
             end = min(start + SCORE_ROWS, len(prompt) - 1)
             log_probs = network.lm_head(hidden[start:end]).float().log_softmax(-1)  # rows V
-            own = log_probs.gather(1, ids[0, start + 1:end + 1, None])[:, 0].tolist()
+            own = log_probs.gather(1, ids[0, start + 1 : end + 1, None])[:, 0].tolist()
             best, best_ids = log_probs.topk(number)
             top += [(p, list(zip(*row))) for p, *row in zip(own, best_ids.tolist(), best.tolist())]
         return top
 
-    def card(self):
+    def card(self) -> dict[str, Any]:
         """The entry of /v1/models."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "minimind", "root": self.name,
-                "parent": self.parent, "max_model_len": self.max_len}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "minimind",
+            "root": self.name,
+            "parent": self.parent,
+            "max_model_len": self.max_len,
+        }
 
 
-def split_name(text):
+def split_name(text: str) -> tuple[str, str]:
     """(name, place) of NAME=PLACE, or of a PLACE alone, whose name is its last part."""
     name, found, place = text.partition("=")
-    return (name, place) if found else (text.rstrip("/").rpartition("/")[2].removesuffix(".pth"), text)
+    if found:
+        return name, place
+    return text.rstrip("/").rpartition("/")[2].removesuffix(".pth"), text
 
 
-def load_models(args, run):
-    """{name: ServedModel} of --weight and --adapter. ValueError for names that are used twice and for what cannot be read."""
+def load_models(args: Any, run: Compute) -> dict[str, ServedModel]:
+    """{name: ServedModel} of --weight and --adapter of serve_openai_api.py. ValueError for names
+    that are used twice and for files that cannot be read.
+    """
     limits = Limits(args.max_batch_size, args.max_queue)
-    options = {"max_len": args.max_len, "dtype": run.dtype, "int8": args.int8, "cuda_graphs": args.cuda_graphs}
-    wanted = [(*split_name(weight), None) for weight in args.weight]
+    options = {
+        "max_len": args.max_len,
+        "dtype": run.dtype,
+        "int8": args.int8,
+        "cuda_graphs": args.cuda_graphs,
+    }
+    wanted = [(*split_name(weight), []) for weight in args.weight]
     base_name, base = wanted[0][:2]
-    wanted += [(*split_name(adapter)[:1], base, split_name(adapter)[1]) for adapter in args.adapter]
+    wanted += [(name, base, [folder]) for name, folder in map(split_name, args.adapter)]
     served = {}
-    for name, weight, adapter in wanted:
+    for name, weight, adapters in wanted:
         if name in served:
-            raise ValueError(f"two models would be served as {name!r}: give one of them another name, NAME=FOLDER")
-        weight = find_weight(weight, args, run.device)  # a missing folder is named before anything is loaded from it
-        model, tokenizer = read_weight(str(weight.resolve()), args, run.device)
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-        if adapter:
-            merge_adapter(model, adapter)
-            take_template(tokenizer, [adapter])
-        parent = base_name if adapter else None
-        served[name] = ServedModel(name, model.to(run.device).eval(), tokenizer, limits, parent, **options)
+            raise ValueError(
+                f"two models would be served as {name!r}: give one of them another name, "
+                "NAME=FOLDER"
+            )
+        # a missing folder is named before anything is loaded from it
+        place = str(find_weight(weight, args, run.device).resolve())
+        model, tokenizer = load_checkpoint(place, args, run.device, adapters)
+        parent = base_name if adapters else None
+        served[name] = ServedModel(name, model, tokenizer, limits, parent, **options)
     return served

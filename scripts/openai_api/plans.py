@@ -1,21 +1,40 @@
-"""A request turned into what an engine needs: prompts, sampling parameters, and how the reply is to be read."""
+"""From a request to the engine's input: prompts, sampling parameters, and how the completion will
+be read.
+"""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from dataset.chat_format import encode_prompt
+from dataset.chat.format import encode_prompt
 from model.sampling import SamplingParams
 from scripts.openai_api.errors import ApiError
-from scripts.openai_api.grammars import reply_grammar
-from scripts.openai_api.requests import NamedTool, TextFormat
+from scripts.openai_api.grammars import completion_grammar
+from scripts.openai_api.model_pool import ServedModel
+from scripts.openai_api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    Function,
+    GenerationRequest,
+    Message,
+    NamedTool,
+    TextFormat,
+    Tool,
+)
 
-DEFAULT_COMPLETION = 16  # max_tokens of /v1/completions where nothing is said, as the original has it
-COLDEST = 1e-4  # a lower temperature always takes the likeliest token
+DEFAULT_COMPLETION = 16  # max_tokens of /v1/completions if none is given, as in the original
+COLDEST = 1e-4  # a lower temperature is greedy decoding
+# fields of the request that are SamplingParams' too
+PASSED_ON = (
+    *("temperature", "top_p", "min_p", "ignore_eos", "logit_bias"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
 
 
 @dataclass
 class Echo:
-    """A prompt that is sent back: its text and tokens, and, once they were computed, the tokens' log-probs."""
+    """A prompt that is sent back: its text, its tokens, and, once computed, their log-probs."""
 
     text: str
     tokens: list[int]
@@ -24,7 +43,9 @@ class Echo:
 
 @dataclass
 class Plan:
-    """What to generate: `prompts` (lists of token ids), and SamplingParams for each answer, n for each prompt in turn."""
+    """A request for the engine: `prompts` (lists of token ids), and the SamplingParams of each
+    completion, n for each prompt in turn.
+    """
 
     prompts: list[list[int]]
     params: list[SamplingParams]
@@ -36,18 +57,22 @@ class Plan:
     echoes: list[Echo] = field(default_factory=list)
 
 
-def plan_chat(request, served):
-    """The Plan of a ChatRequest. ApiError 400 for what the model cannot do."""
+def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
+    """The Plan of a ChatRequest. ApiError 400 for requests beyond the model."""
     if not served.chats:
-        raise ApiError(400, f"{request.model} was only pretrained: it has no chat template. Use /v1/completions", "model")
+        raise ApiError(
+            400,
+            f"{request.model} was only pretrained: it has no chat template. Use /v1/completions",
+            "model",
+        )
     tools = [] if request.tool_choice == "none" else list(request.tools or [])
     if isinstance(request.tool_choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
     thinking = request.thinking()
     offered = [tool.model_dump(exclude_unset=True) for tool in tools] or None
     messages = [as_template_has_it(message) for message in request.messages]
-    check_characters(sum(len(message["content"] or "") for message in messages)
-                     + len(json.dumps(offered or "", ensure_ascii=False)), served)
+    length = sum(len(message["content"] or "") for message in messages)
+    check_characters(length + len(json.dumps(offered or "", ensure_ascii=False)), served)
     try:
         prompt = encode_prompt(served.tokenizer, messages, offered, thinking)
     except ValueError as error:
@@ -57,59 +82,82 @@ def plan_chat(request, served):
     limit = request.max_completion_tokens or request.max_tokens or served.max_len
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(request, served, limit, log_probs, grammar)
-    return Plan([prompt], params, request.n or 1, log_probs is not None, thinking is True, bool(tools), trusts_calls)
+    return Plan(
+        [prompt],
+        params,
+        request.n or 1,
+        log_probs is not None,
+        thinking is True,
+        bool(tools),
+        trusts_calls,
+    )
 
 
-def as_template_has_it(message):
+def as_template_has_it(message: Message) -> dict[str, Any]:
     """A message of the request as `encode_prompt` takes it."""
-    content = message.content if isinstance(message.content, str | None) else "".join(part.text for part in message.content)
+    content = message.content
+    if not isinstance(content, str | None):
+        content = "".join(part.text for part in content)
     out = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.role == "assistant":
         if message.reasoning_content is not None:
             out["reasoning_content"] = message.reasoning_content
         if message.tool_calls:
-            out["tool_calls"] = [{"name": call.function.name, "arguments": call.function.arguments}
-                                 for call in message.tool_calls]
+            out["tool_calls"] = [
+                {"name": call.function.name, "arguments": call.function.arguments}
+                for call in message.tool_calls
+            ]
     return out
 
 
-def choose_grammar(request, tools, thinking, served):
-    """(grammar of the reply or None, whether it covers the calls). ApiError 400 for schemas that cannot be followed."""
-    answer = request.response_format or TextFormat(type="text")
-    content = {"json_object": {"type": "object"}, "text": None}.get(answer.type)
-    if answer.type == "json_schema":
-        content = answer.json_schema.schema_
-    must_call = request.tool_choice == "required" or isinstance(request.tool_choice, NamedTool)
+def choose_grammar(
+    request: ChatRequest, tools: Sequence[Tool], thinking: bool | None, served: ServedModel
+) -> tuple[str | None, bool]:
+    """(grammar of the completion or None, whether it covers the calls). ApiError 400 for schemas
+    that cannot be followed.
+    """
+    form = request.response_format or TextFormat(type="text")
+    content = {"json_object": {"type": "object"}, "text": None}.get(form.type)
+    if form.type == "json_schema":
+        content = form.json_schema.schema_
     if content is None and not tools:
         return None, False
-    functions = [tool.function for tool in tools]
-    parallel = request.parallel_tool_calls is not False and not isinstance(request.tool_choice, NamedTool)
-    loose = [] if must_call else [one.name for one in functions if not one.strict and not can_follow(one, served)]
+    functions, loose = [tool.function for tool in tools], []
+    is_named = isinstance(request.tool_choice, NamedTool)
+    must_call = is_named or request.tool_choice == "required"
+    parallel = request.parallel_tool_calls is not False and not is_named
+    if not must_call:
+        loose = [one.name for one in functions if not one.strict and not can_follow(one, served)]
     try:
-        grammar = reply_grammar(content, functions, must_call, parallel, thinking, loose)
+        grammar = completion_grammar(content, functions, must_call, parallel, thinking, loose)
         served.grammars.constraint(grammar)
     except ValueError as error:
-        raise ApiError(400, str(error), "response_format" if content is not None else "tools", "invalid_schema") from error
+        raise ApiError(
+            400, str(error), "response_format" if content is not None else "tools", "invalid_schema"
+        ) from error
     return grammar, bool(tools)
 
 
-def can_follow(function, served):
+def can_follow(function: Function, served: ServedModel) -> bool:
     """Whether the schema of a function's arguments can be enforced."""
     try:
-        served.grammars.constraint(reply_grammar(functions=[function], must_call=True, thinking=False))
+        served.grammars.constraint(
+            completion_grammar(functions=[function], must_call=True, thinking=False)
+        )
     except ValueError:
         return False
     return True
 
 
-def plan_completion(request, served):
+def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
     """The Plan of a CompletionRequest. ApiError 400 for prompts that do not fit."""
     prompts, echoes = [], []
     for prompt in request.prompts():
         if isinstance(prompt, str):
             check_characters(len(prompt), served)
             own = served.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-            ids = own if own and own[0] in served.special_ids else [served.tokenizer.pad_token_id, *own]
+            begins_special = own and own[0] in served.special_ids
+            ids = own if begins_special else [served.tokenizer.pad_token_id, *own]
             echoes.append(Echo(prompt, own))
         else:
             ids = list(prompt)
@@ -118,50 +166,85 @@ def plan_completion(request, served):
         check_length(ids, served)
         prompts.append(ids)
     if not prompts:
-        raise ApiError(400, "prompt: an empty list asks for nothing; give at least one prompt", "prompt")
+        raise ApiError(
+            400, "prompt: an empty list asks for nothing; give at least one prompt", "prompt"
+        )
     limit = DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
-    params = sampling_params(request, served, limit, request.logprobs, None) * len(prompts) if limit else []
-    return Plan(prompts, params, request.n or 1, request.logprobs is not None, echoes=echoes if request.echo else [])
+    params = []
+    if limit:
+        params = sampling_params(request, served, limit, request.logprobs, None) * len(prompts)
+    wants_log_probs, echoes = request.logprobs is not None, echoes if request.echo else []
+    return Plan(prompts, params, request.n or 1, wants_log_probs, echoes=echoes)
 
 
-def check_ids(ids, served, field="prompt"):
+def check_ids(ids: Iterable[int], served: ServedModel, field: str = "prompt") -> None:
     """ApiError 400 for token ids that the vocabulary does not have."""
     size = len(served.tokenizer)
     wrong = next((token for token in ids if not 0 <= token < size), None)
     if wrong is not None:
-        raise ApiError(400, f"{field}: there is no token {wrong}: ids go from 0 to {size - 1}", field)
+        raise ApiError(
+            400, f"{field}: there is no token {wrong}: ids go from 0 to {size - 1}", field
+        )
 
 
-def check_characters(number, served):
-    """ApiError 400 for a text that cannot fit, however it is cut into tokens: turning it into tokens would hold up others."""
+def check_characters(number: int, served: ServedModel) -> None:
+    """ApiError 400 for a text that cannot fit, however it is cut into tokens: tokenizing it would
+    hold up others.
+    """
     if number > served.longest * served.max_len:
-        raise ApiError(400, f"the prompt has {number:,} characters, which are more than {number // served.longest:,} tokens, and "
-                            f"this model's context of {served.max_len} holds prompt and answer: shorten it", "messages",
-                       "context_length_exceeded")
+        raise ApiError(
+            400,
+            f"the prompt has {number:,} characters, which are more than "
+            f"{number // served.longest:,} tokens, and this model's context of {served.max_len} "
+            "holds prompt and completion: shorten it",
+            "messages",
+            "context_length_exceeded",
+        )
 
 
-def check_length(ids, served):
+def check_length(ids: Sequence[int], served: ServedModel) -> None:
     """ApiError 400 unless the prompt leaves room for one token."""
     if not ids:
-        raise ApiError(400, "prompt: an empty list of tokens cannot be continued; give at least one token", "prompt")
+        raise ApiError(
+            400,
+            "prompt: an empty list of tokens cannot be continued; give at least one token",
+            "prompt",
+        )
     if len(ids) >= served.max_len:
-        raise ApiError(400, f"the prompt has {len(ids)} tokens, and this model's context of {served.max_len} holds prompt and "
-                            "answer: shorten it", "messages", "context_length_exceeded")
+        raise ApiError(
+            400,
+            f"the prompt has {len(ids)} tokens, and this model's context of {served.max_len} holds "
+            "prompt and completion: shorten it",
+            "messages",
+            "context_length_exceeded",
+        )
 
 
-def sampling_params(request, served, max_tokens, log_probs, grammar):
-    """SamplingParams for each of n answers; with a seed they take seed, seed + 1, ..."""
+def sampling_params(
+    request: GenerationRequest,
+    served: ServedModel,
+    max_tokens: int,
+    log_probs: int | None,
+    grammar: str | None,
+) -> list[SamplingParams]:
+    """SamplingParams for each of n completions; with a seed they take seed, seed + 1, ..."""
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    given = {name: value for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "ignore_eos",
-                                      "repetition_penalty", "logit_bias") if (value := getattr(request, name)) is not None}
+    given = {name: value for name in PASSED_ON if (value := getattr(request, name)) is not None}
     check_ids(given.get("logit_bias", ()), served, "logit_bias")
     if given.get("temperature", 1) < COLDEST:
         given["temperature"] = 0
     try:
-        return [SamplingParams(
-            **given, top_k=min(max(request.top_k or 0, 0), len(served.tokenizer)), stop=tuple(stop),
-            max_tokens=min(max_tokens, served.max_len), logprobs=log_probs,
-            seed=None if request.seed is None else request.seed + i,
-            constraint=served.grammars.constraint(grammar) if grammar else None) for i in range(request.n or 1)]
+        return [
+            SamplingParams(
+                **given,
+                top_k=min(max(request.top_k or 0, 0), len(served.tokenizer)),
+                stop=tuple(stop),
+                max_tokens=min(max_tokens, served.max_len),
+                logprobs=log_probs,
+                seed=None if request.seed is None else request.seed + i,
+                constraint=served.grammars.constraint(grammar) if grammar else None,
+            )
+            for i in range(request.n or 1)
+        ]
     except ValueError as error:
         raise ApiError(400, str(error)) from error

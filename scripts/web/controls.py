@@ -1,20 +1,33 @@
-"""Controls that the pages share: which checkpoint, and how it is to answer."""
+"""Controls that the pages share: the checkpoint, and the settings of its completions."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
-from dataset.toy_tools import TOY_TOOLS
-from scripts.web import engines, toolbox
+from dataset.chat.tools import ToolBox, load_tools
+from dataset.toy.tools import TOY_TOOLS
+from scripts.web import engines
 from scripts.web.conversation import Settings
-from scripts.web.state import t
-from trainer.run_folders import find_checkpoints
+from scripts.web.run_folders import RunFolder, find_checkpoints
+from scripts.web.text import t
 
-DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "max_tokens": 512, "seed": None, "thinking": "auto", "tools": [],
-            "system": ""}
+DEFAULTS = {
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 0,
+    "max_tokens": 512,
+    "seed": None,
+    "thinking": "auto",
+    "tools": [],
+    "system": "",
+}
 THINKING = {"auto": None, "on": True, "off": False}
 
 
-def checkpoints_or_stop(args):
-    """{name: RunFolder} of all checkpoints; where there are none, the page says how to make one and ends."""
+def checkpoints_or_stop(args: Any) -> dict[str, RunFolder]:
+    """{name: RunFolder} of all checkpoints; without any, the page says how to make one and ends."""
     runs = {run.name: run for run in find_checkpoints(args.save_dir)}
     if not runs:
         st.info(t("no_checkpoints", save_dir=args.save_dir), icon=":material/model_training:")
@@ -23,13 +36,21 @@ def checkpoints_or_stop(args):
     return runs
 
 
-def pick_checkpoint(runs, key, label, args, default=0):
+def pick_checkpoint(
+    runs: dict[str, RunFolder], key: str, label: str, args: Any, default: int = 0
+) -> tuple[RunFolder, Path | None]:
     """A select box over the checkpoints; returns (RunFolder, base folder of an adapter or None)."""
     names = list(runs)
     if st.session_state.get(key) not in runs:
         st.session_state[key] = names[min(default, len(names) - 1)]
     labels = {name: caption(run) for name, run in runs.items()}
-    name = st.selectbox(label, names, key=key, format_func=labels.get, help=t("checkpoint_help", save_dir=args.save_dir))
+    name = st.selectbox(
+        label,
+        names,
+        key=key,
+        format_func=labels.get,
+        help=t("checkpoint_help", save_dir=args.save_dir),
+    )
     run = runs[name]
     if run.kind == "model" or run.base:
         return run, run.base
@@ -38,21 +59,23 @@ def pick_checkpoint(runs, key, label, args, default=0):
     return run, runs[base].path if base else None
 
 
-def choose(key, options):
+def choose(key: str, options: Iterable[str]) -> None:
     """A row of buttons, one of which is pressed; key and options are names of texts."""
     labels = {option: t(option) for option in options}
-    st.segmented_control(t(key), list(labels), key=key, format_func=labels.get, required=True, width="stretch")
+    st.segmented_control(
+        t(key), list(labels), key=key, format_func=labels.get, required=True, width="stretch"
+    )
 
 
-def caption(run):
-    """How a checkpoint is called in a list."""
+def caption(run: RunFolder) -> str:
+    """The name of a checkpoint in a list."""
     if run.kind == "adapter":
         return t("is_adapter", name=run.name)
     return run.name if run.chats else t("is_completion", name=run.name)
 
 
-def load_or_stop(run, base, args):
-    """The Loaded checkpoint; where it cannot be read, the page says why and ends."""
+def load_or_stop(run: RunFolder, base: Path | None, args: Any) -> engines.Loaded:
+    """The Loaded checkpoint; if it cannot be read, the page says why and ends."""
     try:
         with st.spinner(t("loading")):
             if run.kind == "adapter" and base is None:
@@ -63,10 +86,24 @@ def load_or_stop(run, base, args):
         st.stop()
 
 
-def answer_settings(args):
-    """The controls of an answer; returns Settings."""
+def find_tools(args: Any) -> ToolBox:
+    """The toy world's tools and those of --tools, read anew when that file has changed. ValueError
+    if it cannot be read.
+    """
+    path = Path(args.tools)
+    stamp = path.stat().st_mtime_ns if path.is_file() else 0
+    return _load_tools(args.tools, stamp) if args.tools else TOY_TOOLS
+
+
+@st.cache_resource(show_spinner=False)
+def _load_tools(path: str, stamp: int) -> ToolBox:
+    return ToolBox([*TOY_TOOLS.tools.values(), *load_tools(path).tools.values()])
+
+
+def completion_settings(args: Any) -> Settings:
+    """Draw the controls of a completion; returns Settings."""
     try:
-        box = toolbox.get(args)
+        box = find_tools(args)
     except ValueError as error:
         st.error(error, icon=":material/error:")
         box = TOY_TOOLS
@@ -74,14 +111,29 @@ def answer_settings(args):
         st.session_state.setdefault(key, value)
     st.session_state.tools = [name for name in st.session_state.tools if name in box.tools]
     choose("thinking", THINKING)
-    st.multiselect(t("tools"), list(box.tools), key="tools", placeholder=t("tools_none"), help=t("tools_help"))
+    st.multiselect(
+        t("tools"), list(box.tools), key="tools", placeholder=t("tools_none"), help=t("tools_help")
+    )
     st.text_area(t("system"), key="system", height=80)
     with st.expander(t("sampling"), icon=":material/tune:"):
-        st.slider(t("temperature"), 0.0, 2.0, step=0.05, key="temperature", help=t("temperature_help"))
+        st.slider(
+            t("temperature"), 0.0, 2.0, step=0.05, key="temperature", help=t("temperature_help")
+        )
         st.slider(t("top_p"), 0.05, 1.0, step=0.05, key="top_p", help=t("top_p_help"))
         st.number_input(t("top_k"), 0, 1000, step=10, key="top_k", help=t("top_k_help"))
         st.number_input(t("max_tokens"), 1, 4096, step=64, key="max_tokens")
-        st.number_input(t("seed"), 0, 2**31, step=1, key="seed", placeholder=t("random"), help=t("seed_help"))
+        st.number_input(
+            t("seed"), 0, 2**31, step=1, key="seed", placeholder=t("random"), help=t("seed_help")
+        )
     state = st.session_state
-    return Settings(state.temperature, state.top_p, state.top_k, state.max_tokens, state.seed, THINKING[state.thinking],
-                    tuple(state.tools), box, state.system.strip())
+    return Settings(
+        state.temperature,
+        state.top_p,
+        state.top_k,
+        state.max_tokens,
+        state.seed,
+        THINKING[state.thinking],
+        tuple(state.tools),
+        box,
+        state.system.strip(),
+    )

@@ -1,26 +1,34 @@
-"""Conversations on the web page: an answer is written by the engine while the page looks, looks away, or comes back.
+"""Conversations on the web page: the engine writes whether the page is looked at or not.
 
-A Turn is the answer to one message: replies of the model, and between them the tools that it called. The engine's thread
-puts what it writes into a queue; `advance` takes it from there whenever the page has time.
+A Turn answers one message: completions of the model, and between them the tools that it called. The
+engine's thread puts its output into a queue; `advance` takes it from there whenever the page has
+time.
 """
 
 import json
 import queue
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from dataset.chat_reply import ReplyParser, collect
-from dataset.tools import ToolBox
-from dataset.toy_scorer import MAX_TOOL_ROUNDS
-from dataset.toy_tools import TOY_TOOLS
+from dataset.chat.reply import ReplyParser, collect
+from dataset.chat.tools import ToolBox
+from dataset.toy.scorer import MAX_TOOL_ROUNDS
+from dataset.toy.tools import TOY_TOOLS
+from model.engine import Output, Request
 from model.sampling import SamplingParams
 
-ROOM = 64  # tokens that must be left for an answer; earlier rounds make way
+if TYPE_CHECKING:
+    from scripts.web.engines import Loaded
+
+ROOM = 64  # tokens that must be left for a completion; earlier rounds make way
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is to be written; `tools` are names in `box`, thinking None leaves it to the model."""
+    """The settings of a completion; `tools` are names in `box`, thinking None leaves it to the
+    model.
+    """
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -32,33 +40,35 @@ class Settings:
     box: ToolBox = TOY_TOOLS
     system: str = ""
 
-    def sampling(self, attempt):
-        """SamplingParams of the answer's attempt-th version: with a seed each version has the next one."""
+    def sampling(self, attempt: int) -> SamplingParams:
+        """SamplingParams of the attempt-th version: with a seed each version has the next one."""
         seed = None if self.seed is None else self.seed + attempt
-        return SamplingParams(self.temperature, self.top_k, self.top_p, max_tokens=self.max_tokens, seed=seed)
+        return SamplingParams(
+            self.temperature, self.top_k, self.top_p, max_tokens=self.max_tokens, seed=seed
+        )
 
 
 @dataclass
-class Reply:
-    """One reply of the model, and what the tools that it called returned: [(name, arguments, result)]."""
+class Completion:
+    """One completion, and the results of the tools that it called: [(name, arguments, result)]."""
 
-    request: object
+    request: Request
     parser: ReplyParser
     asked: float
-    events: list = field(default_factory=list)  # what the parser has made of it so far
-    first: float | None = None  # when its first and its last token came
+    events: list = field(default_factory=list)  # of the parser, so far
+    first: float | None = None  # time of the first token, and of the last
     last: float | None = None
     results: list = field(default_factory=list)
 
     @property
-    def message(self):
-        """The reply as a message of the conversation; calls that were not run are left out."""
+    def message(self) -> dict:
+        """The completion as a message of the conversation; calls that were not run are left out."""
         message = collect(self.events)
         if not self.results:
             message.pop("tool_calls", None)
         return message
 
-    def run_calls(self, box):
+    def run_calls(self, box: ToolBox) -> None:
         """Run the tools of a ToolBox that were called."""
         for call in collect(self.events).get("tool_calls", []):
             name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
@@ -66,26 +76,30 @@ class Reply:
 
 
 class Turn:
-    """The answer of a Loaded checkpoint to `text`, which follows the messages of `history`."""
+    """A Loaded checkpoint's answer to `text`, which follows the messages of `history`."""
 
-    def __init__(self, loaded, history, text, settings, attempt=0):
-        self.loaded, self.history, self.text, self.settings, self.attempt = loaded, history, text, settings, attempt
+    def __init__(
+        self, loaded: "Loaded", history: list[dict], text: str, settings: Settings, attempt: int = 0
+    ):
+        self.loaded, self.settings = loaded, settings
+        self.history, self.text, self.attempt = history, text, attempt
         self.tools = settings.tools if loaded.chats else ()
-        self.replies, self.outputs = [], queue.SimpleQueue()
+        self.completions: list[Completion] = []
+        self.outputs = queue.SimpleQueue()
         self.is_running, self.error, self.note, self.num_left_out = True, "", "", 0
-        self._begin_reply()
+        self._begin_completion()
 
     @property
-    def messages(self):
+    def messages(self) -> list[dict]:
         """The turn as messages, the user's first."""
         messages = [{"role": "user", "content": self.text}]
-        for reply in self.replies:
-            messages.append(reply.message)
-            messages += [{"role": "tool", "content": result} for _, _, result in reply.results]
+        for one in self.completions:
+            messages.append(one.message)
+            messages += [{"role": "tool", "content": result} for _, _, result in one.results]
         return messages
 
-    def advance(self, timeout):
-        """Wait for news, at most `timeout` seconds, and take in all there are."""
+    def advance(self, timeout: float) -> None:
+        """Wait for output, at most `timeout` seconds, and take in all there is."""
         try:
             news = self.outputs.get(timeout=timeout)
             while True:
@@ -94,104 +108,117 @@ class Turn:
         except queue.Empty:
             pass
 
-    def stop(self):
-        """End the answer where it is."""
+    def stop(self) -> None:
+        """End the completion where it is."""
         if self.is_running:
-            self.loaded.engine.cancel(self.replies[-1].request)
-            self.replies[-1].events += self.replies[-1].parser.finish()
+            last = self.completions[-1]
+            self.loaded.engine.cancel(last.request)
+            last.events += last.parser.finish()
             self._end("was_stopped")
 
-    def stats(self):
-        """Counts and times of all replies: tokens, prompt, reused, speed (tokens/s), first (seconds until the first token)."""
-        requests = [reply.request for reply in self.replies]
-        tokens = sum(len(request.sampled) for request in requests)
-        timed = [reply for reply in self.replies if reply.first is not None]
-        seconds = sum(reply.last - reply.first for reply in timed)
-        # a reply's first token is paid for by its prompt
-        speed = (sum(len(reply.request.sampled) - 1 for reply in timed) / seconds) if seconds else 0.0
-        return {"tokens": tokens, "prompt": sum(len(request.prompt) for request in requests),
-                "reused": sum(request.num_reused for request in requests), "speed": speed,
-                "first": timed[0].first - timed[0].asked if timed else 0.0}
+    def stats(self) -> dict[str, float]:
+        """Counts and times of all completions: tokens, prompt, reused, speed (tokens/s), first
+        (seconds until the first token).
+        """
+        requests = [one.request for one in self.completions]
+        timed = [one for one in self.completions if one.first is not None]
+        seconds = sum(one.last - one.first for one in timed)
+        # without the first tokens, whose time is that of the prompts
+        later_tokens = sum(len(one.request.sampled) - 1 for one in timed)
+        return {
+            "tokens": sum(len(request.sampled) for request in requests),
+            "prompt": sum(len(request.prompt) for request in requests),
+            "reused": sum(request.num_reused for request in requests),
+            "speed": later_tokens / seconds if seconds else 0.0,
+            "first": timed[0].first - timed[0].asked if timed else 0.0,
+        }
 
-    def _begin_reply(self):
+    def _begin_completion(self):
         try:
             prompt = self._prompt()
             asked = time.perf_counter()
-            request = self.loaded.engine.submit(prompt, self.settings.sampling(self.attempt), self._on_output)
+            request = self.loaded.engine.submit(
+                prompt, self.settings.sampling(self.attempt), self._on_output
+            )
         except (ValueError, RuntimeError) as error:
             self.error, self.is_running = str(error), False
             return
         in_reasoning = self.loaded.chats and self.settings.thinking is True
-        self.replies.append(Reply(request, ReplyParser(in_reasoning, tools=bool(self.tools)), asked))
+        self.completions.append(
+            Completion(request, ReplyParser(in_reasoning, tools=bool(self.tools)), asked)
+        )
 
-    def _on_output(self, output):
-        """In the engine's thread: note the time, and whether this is the end (the request itself soon knows more)."""
+    def _on_output(self, output: Output | Exception) -> None:
+        """In the engine's thread: note the time, and whether this is the end (the request itself
+        will soon be ahead).
+        """
         reason = None if isinstance(output, Exception) else output.request.finish_reason
         self.outputs.put((time.perf_counter(), output, reason))
 
     def _prompt(self):
-        """Token ids for the next reply; where they do not fit, the oldest rounds are left out."""
+        """Token ids of the next prompt; if they do not fit, the oldest rounds are left out."""
         schemas = self.settings.box.schemas(self.tools) or None
-        system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        system = (
+            [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        )
         history, num_left_out = self.history, 0
         while True:
-            ids = self.loaded.encode([*system, *history, *self.messages], schemas, self.settings.thinking)
+            ids = self.loaded.encode(
+                [*system, *history, *self.messages], schemas, self.settings.thinking
+            )
             starts = [i for i, message in enumerate(history) if message["role"] == "user"]
             if len(ids) + ROOM <= self.loaded.max_len or not starts:
                 self.num_left_out = num_left_out
                 return ids
-            history = history[starts[1]:] if len(starts) > 1 else []
+            history = history[starts[1] :] if len(starts) > 1 else []
             num_left_out += 1
 
     def _take(self, when, output, reason):
         if not self.is_running:
-            return  # what came after the stop
+            return  # it came after the stop
         if isinstance(output, Exception):
             self.error, self.is_running = str(output), False
             return
-        reply = self.replies[-1]
-        reply.first, reply.last = reply.first or when, when
-        reply.events += reply.parser.feed(output.text)
-        if reason:
-            self._finish_reply(reply, reason)
-
-    def _finish_reply(self, reply, reason):
-        reply.events += reply.parser.finish()
+        last = self.completions[-1]
+        last.first, last.last = last.first or when, when
+        last.events += last.parser.feed(output.text)
+        if not reason:
+            return
+        last.events += last.parser.finish()
         if reason == "stop":
-            reply.run_calls(self.settings.box)
-        if reply.results and len(self.replies) <= MAX_TOOL_ROUNDS:
-            self._begin_reply()
+            last.run_calls(self.settings.box)
+        if last.results and len(self.completions) <= MAX_TOOL_ROUNDS:
+            self._begin_completion()
         else:
-            self._end("many_tools" if reply.results else "was_cut" if reason == "length" else "")
+            self._end("many_tools" if last.results else "was_cut" if reason == "length" else "")
 
     def _end(self, note):
         self.is_running, self.note = False, note
 
 
 class Conversation:
-    """Turns, one after the other, with the checkpoint that is chosen at the time."""
+    """Turns, one after the other, each with the checkpoint that was chosen at the time."""
 
-    def __init__(self):
-        self.turns = []
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
 
     @property
-    def is_running(self):
+    def is_running(self) -> bool:
         return bool(self.turns) and self.turns[-1].is_running
 
-    def ask(self, loaded, text, settings):
-        """Begin the next turn; one that is still being written is stopped."""
+    def ask(self, loaded: "Loaded", text: str, settings: Settings) -> None:
+        """Begin the next turn; a running one is stopped."""
         self.stop()
         history = [message for turn in self.turns for message in turn.messages]
         self.turns.append(Turn(loaded, history, text, settings))
 
-    def regenerate(self, loaded, settings):
-        """Write the last turn again."""
+    def regenerate(self, loaded: "Loaded", settings: Settings) -> None:
+        """Repeat the last turn."""
         self.stop()
         last = self.turns.pop()
         self.turns.append(Turn(loaded, last.history, last.text, settings, last.attempt + 1))
 
-    def stop(self):
-        """End the turn that is being written."""
+    def stop(self) -> None:
+        """End the running turn."""
         if self.is_running:
             self.turns[-1].stop()
-

@@ -1,31 +1,32 @@
-"""Turns on the screen; one that is being written is drawn again and again, and only what has changed is sent."""
+"""Turns on the screen; a running one is drawn again and again, and only changes are sent."""
 
 import json
 
 import streamlit as st
 
-from scripts.web.state import t
+from scripts.web.conversation import Completion, Turn
+from scripts.web.text import t
 
-TICK = 0.08  # seconds between two looks at what was written
+TICK = 0.08  # seconds between two looks at the output
 USER, ASSISTANT = ":material/person:", ":material/neurology:"
 
 
-def show_question(text):
+def show_question(text: str) -> None:
     """A message of the user, as it was typed."""
     with st.chat_message("user", avatar=USER):
         st.text(text)
 
 
-def show_turn(turn):
-    """An answer as it stands now; returns the TurnView, which can follow it."""
+def show_turn(turn: Turn) -> "TurnView":
+    """Draw a turn as it is now; returns the TurnView, which can follow it."""
     with st.chat_message("assistant", avatar=ASSISTANT):
         view = TurnView(turn)
     view.draw()
     return view
 
 
-def follow(*views):
-    """Draw turns while they are being written; ends with the last of them."""
+def follow(*views: "TurnView") -> None:
+    """Draw turns while they run; ends with the last of them."""
     while any(view.turn.is_running for view in views):
         for view in views:
             if view.turn.is_running:
@@ -34,28 +35,28 @@ def follow(*views):
 
 
 class TurnView:
-    """Places on the screen for a turn: its replies, and a line of figures below."""
+    """Places on the screen for a turn: its completions, and a line of statistics below."""
 
-    def __init__(self, turn):
-        self.turn, self.replies = turn, []
+    def __init__(self, turn: Turn):
+        self.turn, self.views = turn, []
         self.body, self.error, self.footer = st.container(), st.empty(), st.empty()
 
-    def draw(self):
+    def draw(self) -> None:
         """Bring the screen up to date."""
         turn = self.turn
-        while len(self.replies) < len(turn.replies):
+        while len(self.views) < len(turn.completions):
             with self.body:
-                self.replies.append(ReplyView())
-        for view, reply in zip(self.replies, turn.replies):
-            view.draw(reply, turn.is_running and reply is turn.replies[-1])
+                self.views.append(CompletionView())
+        for view, completion in zip(self.views, turn.completions):
+            view.draw(completion, turn.is_running and completion is turn.completions[-1])
         if turn.error:
             self.error.error(t("engine_error", error=turn.error), icon=":material/error:")
-        if turn.replies:
-            self.footer.caption(figures(turn))
+        if turn.completions:
+            self.footer.caption(statistics(turn))
 
 
-def figures(turn):
-    """The line below an answer: how much was written and how fast."""
+def statistics(turn: Turn) -> str:
+    """The line below a turn: its length and its speed."""
     numbers = turn.stats()
     if turn.is_running and not numbers["tokens"]:
         return f"{turn.loaded.name} · {t('waiting')}"
@@ -64,53 +65,60 @@ def figures(turn):
     notes = [t(turn.note)] if turn.note else []
     if turn.num_left_out:
         notes.append(t("left_out", count=turn.num_left_out))
-    return " · ".join([turn.loaded.name, t("stats_short" if turn.is_running else "stats", **shown), *notes])
+    return " · ".join(
+        [turn.loaded.name, t("stats_short" if turn.is_running else "stats", **shown), *notes]
+    )
 
 
-class ReplyView:
-    """Places for one reply: its reasoning, folded; its text; the tools that it called."""
+class CompletionView:
+    """Places for one completion: its reasoning, folded; its text; the tools that it called."""
 
-    def __init__(self):
-        self.reasoning_place, self.text, self.calls_place = st.container(), st.empty(), st.container()
+    def __init__(self) -> None:
+        self.reasoning_place = st.container()
+        self.text = st.empty()
+        self.calls_place = st.container()
         self.status = self.reasoning = None
         self.drawn, self.num_calls = {}, 0
 
-    def draw(self, reply, is_running):
-        """Bring the reply up to date."""
-        message = reply.message
+    def draw(self, completion: Completion, is_running: bool) -> None:
+        """Bring the completion up to date."""
+        message = completion.message
         if message.get("reasoning_content", "").strip():
-            self._draw_reasoning(message["reasoning_content"], is_running and reply.parser.in_reasoning)
+            is_open = is_running and completion.parser.in_reasoning
+            self._draw_reasoning(message["reasoning_content"], is_open)
         self._draw_text(message["content"], is_running)
-        for name, arguments, result in reply.results[self.num_calls:]:
+        for name, arguments, result in completion.results[self.num_calls :]:
             with self.calls_place:
                 show_call(name, arguments, result)
-        self.num_calls = len(reply.results)
+        self.num_calls = len(completion.results)
 
-    def _changed(self, what, value):
-        """Whether this is not what is on the screen."""
-        before, self.drawn[what] = self.drawn.get(what), value
+    def _changed(self, part: str, value: object) -> bool:
+        """Whether the screen shows another value of this part."""
+        before, self.drawn[part] = self.drawn.get(part), value
         return before != value
 
-    def _draw_reasoning(self, text, is_going):
+    def _draw_reasoning(self, text: str, is_open: bool) -> None:
         if self.status is None:
             self.status = self.reasoning_place.status(t("writing"), state="running")
             self.reasoning = self.status.empty()
         if self._changed("reasoning", text):
             self.reasoning.markdown(text)
-        if self._changed("is_going", is_going) and not is_going:
-            self.status.update(label=t("thought"), state="complete")
+        if self._changed("is_open", is_open) and not is_open:
+            self.status.update(label=t("reasoning"), state="complete")
 
-    def _draw_text(self, text, is_running):
+    def _draw_text(self, text: str, is_running: bool) -> None:
         shown = text.strip() + (" ▌" if is_running else "")
         if self._changed("text", shown) and shown:
             self.text.markdown(shown)
 
 
-def show_call(name, arguments, result):
-    """A tool call and what it returned."""
+def show_call(name: str, arguments: dict, result: str) -> None:
+    """Draw a tool call and its result."""
     failed = "error" in json.loads(result)
     with st.container(border=True, gap="xsmall"):
-        st.markdown(f":material/build: **{t('call_failed' if failed else 'called', name=f'`{name}`')}**")
+        st.markdown(
+            f":material/build: **{t('call_failed' if failed else 'called', name=f'`{name}`')}**"
+        )
         call, answer = st.columns(2, gap="small")
         with call:
             st.caption(t("arguments"))

@@ -1,21 +1,25 @@
-"""The page that puts the same prompt to two checkpoints, side by side."""
+"""The page that compares two checkpoints on the same prompt, in two columns."""
+
+from typing import Any
 
 import streamlit as st
 
-from scripts.web import controls, drawing, state
-from scripts.web.conversation import Conversation
-from scripts.web.state import t
+from scripts.web import controls, drawing
+from scripts.web.conversation import Conversation, Turn
+from scripts.web.text import t
 
 SIDES = ("left", "right")
 
 
-def show(args):
-    """Draw the page; ends when both answers do."""
-    talks = [state.remembered(f"compare_{side}", Conversation) for side in SIDES]
+def show(args: Any) -> None:
+    """Draw the page; ends when both completions do."""
+    talks = [st.session_state.setdefault(f"compare_{side}", Conversation()) for side in SIDES]
     with st.sidebar:
         runs = controls.checkpoints_or_stop(args)
-        settings = controls.answer_settings(args)
-        st.button(t("new_chat"), icon=":material/add_comment:", width="stretch", on_click=start_again)
+        settings = controls.completion_settings(args)
+        st.button(
+            t("new_chat"), icon=":material/add_comment:", width="stretch", on_click=start_again
+        )
     loaded = []
     for n, (column, side) in enumerate(zip(st.columns(2), SIDES)):
         with column:
@@ -41,8 +45,8 @@ def show(args):
         st.rerun()
 
 
-def show_both(turns):
-    """Two answers in two columns; returns their views."""
+def show_both(turns: tuple[Turn, ...]) -> list[drawing.TurnView]:
+    """Draw two turns in two columns; returns their views."""
     views = []
     for column, turn in zip(st.columns(2), turns):
         with column:
@@ -50,13 +54,13 @@ def show_both(turns):
     return views
 
 
-def stop():
-    """End both answers."""
+def stop() -> None:
+    """End both completions."""
     for side in SIDES:
-        state.remembered(f"compare_{side}", Conversation).stop()
+        st.session_state.setdefault(f"compare_{side}", Conversation()).stop()
 
 
-def start_again():
+def start_again() -> None:
     """Forget both conversations."""
     stop()
     for side in SIDES:

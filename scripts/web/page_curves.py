@@ -1,4 +1,4 @@
-"""The page with the curves of runs, also of those that are under way."""
+"""The page with the curves of runs, finished or still running."""
 
 import re
 import time
@@ -6,23 +6,24 @@ from datetime import datetime
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import streamlit as st
 
 from scripts.plot_runs import COLORS, read_run, smoothed
 from scripts.web.controls import choose
-from scripts.web.state import t
-from trainer.run_folders import find_runs, read_json
+from scripts.web.run_folders import find_runs, read_json
+from scripts.web.text import t
 
-FAST, SLOW = 2, 15  # seconds between two looks at the files: while a run is going, and otherwise
+FAST, SLOW = 2, 15  # seconds between two looks at the files: of running runs, and of finished ones
 MOST_POINTS = 600  # of a curve: a screen has no more
 USUAL = ("loss", "val_bpb", "tokens_per_second", "learning_rate")
 AXES = {"tokens": "targets", "time": "minutes", "steps": "step"}
 
 
-def show(args):
-    """Draw the page; the curves by themselves look for news."""
+def show(args: Any) -> None:
+    """Draw the page; the curves refresh themselves."""
     folders = find_runs(args.save_dir)
     if not folders:
         st.info(t("no_runs", save_dir=args.save_dir), icon=":material/show_chart:")
@@ -32,18 +33,20 @@ def show(args):
     if not chosen:
         st.info(t("choose_runs"), icon=":material/arrow_back:")
         return
-    seconds = FAST if any(is_going(folder, read(folder)) for folder in chosen.values()) else SLOW
+    seconds = FAST if any(is_running(folder, read(folder)) for folder in chosen.values()) else SLOW
     st.fragment(show_curves, run_every=seconds)(chosen, seconds)
 
 
-def choose_runs(folders):
+def choose_runs(folders: dict[str, Path]) -> dict[str, Path]:
     """Draw the controls; returns {name: folder} of the chosen runs."""
     state = st.session_state
     state["runs"] = [name for name in state.get("runs", list(folders)[:2]) if name in folders]
     names = st.multiselect(t("runs"), list(folders), key="runs")
     available = sorted({metric for name in names for metric in metrics_of(read(folders[name]))})
     usual = [metric for metric in USUAL if metric in available]
-    state["metrics"] = [metric for metric in state.get("metrics", usual) if metric in available] or usual
+    state["metrics"] = [
+        metric for metric in state.get("metrics", usual) if metric in available
+    ] or usual
     labels = {metric: re.split("[(（]", title(metric))[0].strip() for metric in available}
     st.multiselect(t("metrics"), available, key="metrics", format_func=labels.get)
     state.setdefault("against", "tokens")
@@ -53,9 +56,9 @@ def choose_runs(folders):
     return {name: folders[name] for name in names}
 
 
-def read(folder):
+def read(folder: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl; [] until it has a whole line."""
-    path = Path(folder) / "metrics.jsonl"
+    path = folder / "metrics.jsonl"
     try:
         status = path.stat()
         return _read(str(folder), status.st_mtime_ns, status.st_size)
@@ -64,34 +67,50 @@ def read(folder):
 
 
 @st.cache_data(max_entries=50, show_spinner=False)
-def _read(folder, changed, size):
+def _read(folder: str, changed: int, size: int) -> list[dict]:
     return read_run(folder)
 
 
-def metrics_of(rows):
-    """Names of what was measured; `val_bpb` stands for the validation on each file."""
-    numbers = {name for row in rows for name, value in row.items() if isinstance(value, (int, float))}
-    return {name.split("/")[0] for name in numbers} - {"step", "targets", "seconds", "minutes"}
+def group_of(name: str) -> str:
+    """The chart of a metric: `val_bpb` stands for the validation on each file, `reward` for all
+    parts of the reward.
+    """
+    return name if name.startswith("completions/") else name.split("/")[0]
 
 
-def title(metric):
-    """What a metric is called."""
+def metrics_of(rows: list[dict]) -> set[str]:
+    """Names of the charts that a run has data for."""
+    numbers = {
+        name for row in rows for name, value in row.items() if isinstance(value, (int, float))
+    }
+    return set(map(group_of, numbers)) - {"step", "targets", "seconds", "minutes"}
+
+
+def title(metric: str) -> str:
+    """The title of a chart."""
     try:
         return t(metric)
     except KeyError:
         return metric
 
 
-def is_going(folder, rows):
-    """Whether a run is still writing: not at its last step, and not silent for far longer than between two lines."""
-    if not rows or rows[-1]["step"] >= read_json(Path(folder) / "arguments.json").get("num_steps", float("inf")):
+def num_steps(folder: Path) -> int | None:
+    """The number of steps that a run will have, as far as its folder tells."""
+    return read_json(folder / "arguments.json").get("num_steps")
+
+
+def is_running(folder: Path, rows: list[dict]) -> bool:
+    """Whether a run is still writing: not at its last step, and not silent for far longer than
+    between two lines.
+    """
+    if not rows or rows[-1]["step"] >= (num_steps(folder) or float("inf")):
         return False
     seconds = [row["seconds"] for row in rows[-20:] if "seconds" in row]
     longest = max((after - before for before, after in pairwise(seconds)), default=0)
-    return time.time() - (Path(folder) / "metrics.jsonl").stat().st_mtime < max(30, 3 * longest)
+    return time.time() - (folder / "metrics.jsonl").stat().st_mtime < max(30, 3 * longest)
 
 
-def show_curves(chosen, seconds):
+def show_curves(chosen: dict[str, Path], seconds: int) -> None:
     """A card for each run and a chart for each metric."""
     rows = {name: read(folder) for name, folder in chosen.items()}
     show_cards(chosen, rows)
@@ -104,23 +123,24 @@ def show_curves(chosen, seconds):
     st.caption(t("refreshed", time=datetime.now().strftime("%H:%M:%S"), seconds=seconds))
 
 
-def show_cards(chosen, rows):
-    """How far each run is and its last figures."""
+def show_cards(chosen: dict[str, Path], rows: dict[str, list[dict]]) -> None:
+    """The progress of each run, and its last metrics."""
     with st.container(horizontal=True):
         for (name, folder), color in zip(chosen.items(), colors(len(chosen))):
             with st.container(border=True, width=340, gap="xsmall"):
-                st.html(f'<b style="border-left: 0.4rem solid {color}; padding-left: 0.6rem">{escape(name)}</b>')
-                if is_going(folder, rows[name]):
+                style = f"border-left: 0.4rem solid {color}; padding-left: 0.6rem"
+                st.html(f'<b style="{style}">{escape(name)}</b>')
+                if is_running(folder, rows[name]):
                     st.badge(t("going"), icon=":material/play_circle:", color="green")
                 if rows[name]:
-                    show_progress(rows[name], read_json(Path(folder) / "arguments.json").get("num_steps"))
+                    show_progress(rows[name], num_steps(folder))
 
 
-def show_progress(rows, num_steps):
+def show_progress(rows: list[dict], steps: int | None) -> None:
     """A bar, and the last loss and validation."""
     step = rows[-1]["step"]
-    if num_steps:
-        st.progress(min(1.0, step / num_steps), t("step_of", step=f"{step:,}", steps=f"{num_steps:,}"))
+    if steps:
+        st.progress(min(1.0, step / steps), t("step_of", step=f"{step:,}", steps=f"{steps:,}"))
     else:
         st.caption(t("step", step=f"{step:,}"))
     last = {name: value for row in rows for name, value in row.items()}
@@ -128,41 +148,62 @@ def show_progress(rows, num_steps):
     st.caption("  \n".join(f"{title(name.split('/')[0])}: **{last[name]:.4g}**" for name in names))
 
 
-def chart(rows, metric):
-    """The curves of a metric: one colour for a run, one dash for each of the files that were validated on."""
+def chart(rows: dict[str, list[dict]], metric: str) -> alt.Chart:
+    """The curves of a metric: one colour for each run, one dash for each validation file."""
     axis, weight = st.session_state.against, st.session_state.get("smoothing", 0.0)
-    points = [point for name in rows for point in curve(name, rows[name], metric, AXES[axis], weight)]
+    points = [
+        point for name in rows for point in curve(name, rows[name], metric, AXES[axis], weight)
+    ]
     names, files = list(rows), {point["file"] for point in points}
     can_log = st.session_state.get("log_scale") and all(point["y"] > 0 for point in points)
     encoding = {
         "x": alt.X("x:Q", title=t(f"axis_{axis}")),
-        "y": alt.Y("y:Q", title=None, scale=alt.Scale(type="log") if can_log else alt.Scale(zero=False)),
-        "color": alt.Color("run:N", title=None, scale=alt.Scale(domain=names, range=colors(len(names))),
-                           legend=None),  # the cards above have the colours
-        "tooltip": [alt.Tooltip("run:N", title=t("run")), alt.Tooltip("x:Q", title=t(f"axis_{axis}"), format=",.4~g"),
-                    alt.Tooltip("y:Q", title=title(metric), format=",.4~g")],
+        "y": alt.Y(
+            "y:Q", title=None, scale=alt.Scale(type="log") if can_log else alt.Scale(zero=False)
+        ),
+        "color": alt.Color(
+            "run:N",
+            title=None,
+            scale=alt.Scale(domain=names, range=colors(len(names))),
+            legend=None,
+        ),  # the cards above have the colours
+        "tooltip": [
+            alt.Tooltip("run:N", title=t("run")),
+            alt.Tooltip("x:Q", title=t(f"axis_{axis}"), format=",.4~g"),
+            alt.Tooltip("y:Q", title=title(metric), format=",.4~g"),
+        ],
     }
     if len(files) > 1:
-        encoding["strokeDash"] = alt.StrokeDash("file:N", title=None, legend=alt.Legend(orient="top"))
+        encoding["strokeDash"] = alt.StrokeDash(
+            "file:N", title=None, legend=alt.Legend(orient="top")
+        )
     is_sparse = metric.startswith("val_") or len(points) < 30
-    return alt.Chart(alt.Data(values=points)).mark_line(point=is_sparse, strokeWidth=2).encode(**encoding).properties(height=260)
+    return (
+        alt.Chart(alt.Data(values=points))
+        .mark_line(point=is_sparse, strokeWidth=2)
+        .encode(**encoding)
+        .properties(height=260)
+    )
 
 
-def colors(count):
-    """As many colours as runs, those of `plot_runs` without black, which a dark page would swallow."""
+def colors(count: int) -> list[str]:
+    """So many colours of `plot_runs`, without black, which a dark page would swallow."""
     palette = [color for color in COLORS if color != "#000000"]
     return [palette[i % len(palette)] for i in range(count)]
 
 
-def curve(run, rows, metric, axis, weight):
+def curve(run: str, rows: list[dict], metric: str, axis: str, weight: float) -> list[dict]:
     """Points {run, file, x, y} of a metric, at most about `MOST_POINTS` for each file."""
     found = []
-    for name in sorted({name for row in rows for name in row if name.split("/")[0] == metric}):
+    for name in sorted({name for row in rows for name in row if group_of(name) == metric}):
         there = [row for row in rows if isinstance(row.get(name), (int, float))]
         ys = [row[name] for row in there]
         ys = ys if metric.startswith("val_") else smoothed(ys, weight)
         xs = [row.get(axis, 0) / (1e6 if axis == "targets" else 1) for row in there]
         stride = -(-len(xs) // MOST_POINTS) or 1
         file = name.partition("/")[2]
-        found += [{"run": run, "file": file, "x": x, "y": y} for x, y in list(zip(xs, ys))[::-stride][::-1]]
+        found += [
+            {"run": run, "file": file, "x": x, "y": y}
+            for x, y in list(zip(xs, ys))[::-stride][::-1]
+        ]
     return found

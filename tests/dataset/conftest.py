@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dataset.lm_dataset import ROOT, PretrainDataset, SFTDataset
-from tests.dataset.rows import write
+from tests.helpers.rows import write
 
 
 @pytest.fixture(scope="session")
@@ -15,10 +15,20 @@ def tokenizer():
 @pytest.fixture
 def pretrain(tmp_path, tokenizer):
     return lambda rows, max_seq_len=64, **options: PretrainDataset(
-        write(tmp_path / "rows.jsonl", rows), tokenizer, max_seq_len, cache_dir=tmp_path / "cache", **options)
+        write(tmp_path / "rows.jsonl", rows),
+        tokenizer,
+        max_seq_len,
+        cache_dir=tmp_path / "cache",
+        **options,
+    )
 
 
 @pytest.fixture
 def sft(tmp_path, tokenizer):
     return lambda rows, max_seq_len=256, **options: SFTDataset(
-        write(tmp_path / "rows.jsonl", rows), tokenizer, max_seq_len, cache_dir=tmp_path / "cache", **options)
+        write(tmp_path / "rows.jsonl", rows),
+        tokenizer,
+        max_seq_len,
+        cache_dir=tmp_path / "cache",
+        **options,
+    )

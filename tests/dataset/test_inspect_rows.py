@@ -1,15 +1,20 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
 from dataset import inspect_rows
-from tests.dataset.rows import chat, write
+from tests.helpers.rows import chat, write
 
 
 def test_rows_are_shown_with_what_is_trained(sft, tokenizer, capsys):
     inspect_rows.show_rows(sft([chat("你好吗？", "很好🙂。"), chat()]), tokenizer, 1)
     shown = capsys.readouterr().out
-    assert "<|im_start|>user\n你好吗？<|im_end|>\n<|im_start|>assistant\n⟦很好🙂。<|im_end|>⟧\n" in shown
+    assert (
+        "<|im_start|>user\n你好吗？<|im_end|>\n<|im_start|>assistant\n⟦很好🙂。<|im_end|>⟧\n"
+        in shown
+    )
     assert "sequence 1" not in shown and "2 read, 2 used" in shown and "% padding" in shown
 
 
@@ -25,12 +30,36 @@ def test_colour_is_for_terminals(sft, tokenizer, capsys, monkeypatch):
 
 
 def test_the_command_inspects_a_file(tmp_path, capsys):
-    for rows, mark in (([chat()], "⟦4.<|im_end|>⟧"), ([{"text": "hi"}], "<|endoftext|>⟦hi<|endoftext|>⟧")):
+    for rows, mark in (
+        ([chat()], "⟦4.<|im_end|>⟧"),
+        ([{"text": "hi"}], "<|endoftext|>⟦hi<|endoftext|>⟧"),
+    ):
         path = write(tmp_path / "rows.jsonl", rows)
-        inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache"), "--json",
-                           str(tmp_path / "new" / "figures.json")])
+        inspect_rows.main(
+            [
+                "--inspect",
+                str(path),
+                "--cache_dir",
+                str(tmp_path / "cache"),
+                "--json",
+                str(tmp_path / "new" / "figures.json"),
+            ]
+        )
         assert mark in capsys.readouterr().out
         assert json.loads((tmp_path / "new" / "figures.json").read_text())["rows_read"] == 1
     write(path, [{"text": "hi"}, {"text": None}])
     with pytest.raises(SystemExit, match=r'^error: .*rows\.jsonl:2: "text" is of type'):
         inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache")])
+
+
+def test_no_script_of_the_data_waits_for_heavy_libraries():
+    code = (
+        "import sys\n"
+        "from dataset import inspect_rows, lora_examples, prepare_data, prompt_dataset, toy_world\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'pandas', 'jinja2'}\n"
+        "print(*heavy & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=inspect_rows.ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr

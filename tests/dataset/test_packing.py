@@ -1,4 +1,6 @@
-"""Packing: every sequence once, little waste, the order from (seed, epoch), steps independent of how they are cut."""
+"""Packing: every sequence once, little waste, the order from (seed, epoch), steps independent of
+how they are cut.
+"""
 
 import hashlib
 import json
@@ -16,7 +18,9 @@ from dataset.packing import PackedBatches, collate, pack
 
 
 class Sequences:
-    """A dataset whose sequence i is the token i + 1 repeated: what a batch holds can be read off it."""
+    """A dataset whose sequence i is the token i + 1 repeated: what a batch holds can be read off
+    it.
+    """
 
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths)
@@ -34,7 +38,14 @@ def toy_lengths(count=1500, low=30, high=100):
 
 
 def batches_of(dataset, **options):
-    given = {"batch_size": 4, "accumulation_steps": 1, "max_seq_len": 512, "seed": 3, "epochs": 1, "pad_id": 0}
+    given = {
+        "batch_size": 4,
+        "accumulation_steps": 1,
+        "max_seq_len": 512,
+        "seed": 3,
+        "epochs": 1,
+        "pad_id": 0,
+    }
     return PackedBatches(dataset, **{**given, **options})
 
 
@@ -47,7 +58,9 @@ def indices_in(micro_batches):
     return found
 
 
-@pytest.mark.parametrize("lengths", [[5], [8] * 7, [1] * 20, [8, 1, 7, 2, 6, 3, 5, 4], toy_lengths(300, 1, 8)])
+@pytest.mark.parametrize(
+    "lengths", [[5], [8] * 7, [1] * 20, [8, 1, 7, 2, 6, 3, 5, 4], toy_lengths(300, 1, 8)]
+)
 def test_pack_uses_every_sequence_once_and_overfills_no_row(lengths):
     rows = pack(lengths, 8, seed=0, epoch=0)
     assert sorted(chain(*rows)) == list(range(len(lengths)))
@@ -69,8 +82,11 @@ def pieces_and_remainders():
     return np.concatenate([np.full(3000, 512), rng.integers(2, 513, 3000)])
 
 
-@pytest.mark.parametrize("lengths", [toy_lengths(), toy_lengths(20000), pieces_and_remainders()],
-                         ids=["toy", "toy_large", "pieces_and_remainders"])
+@pytest.mark.parametrize(
+    "lengths",
+    [toy_lengths(), toy_lengths(20000), pieces_and_remainders()],
+    ids=["toy", "toy_large", "pieces_and_remainders"],
+)
 def test_pack_wastes_little(lengths):
     rows = pack(lengths, 512, seed=0, epoch=0)
     assert 1 - lengths.sum() / (512 * len(rows)) < (0.015 if len(lengths) < 2000 else 0.006)
@@ -79,7 +95,9 @@ def test_pack_wastes_little(lengths):
 def test_rows_mix_lengths():
     lengths = toy_lengths(5000)
     spread = [np.std(lengths[row]) for row in pack(lengths, 512, seed=0, epoch=0)]
-    assert np.mean(spread) > 0.8 * np.std(lengths)  # rows of like lengths, as best-fit decreasing makes, reach 0.25
+    assert np.mean(spread) > 0.8 * np.std(
+        lengths
+    )  # rows of like lengths, as best-fit decreasing makes, reach 0.25
 
 
 def test_order_derives_from_seed_and_epoch():
@@ -102,7 +120,9 @@ def test_blocks_lose_no_sequence_and_waste_little_more(monkeypatch):
     assert sorted(chain(*rows)) == list(range(20_000))
     assert max(lengths[row].sum() for row in rows) <= 512
     assert 1 - lengths.sum() / (512 * len(rows)) < 0.015
-    assert abs(np.corrcoef(list(chain(*rows)), np.arange(20_000))[0, 1]) < 0.03  # each block is a sample of the whole
+    assert (
+        abs(np.corrcoef(list(chain(*rows)), np.arange(20_000))[0, 1]) < 0.03
+    )  # each block is a sample of the whole
     assert list(rows) != list(pack(lengths, 512, seed=0, epoch=1))
 
 
@@ -116,13 +136,20 @@ def test_packing_takes_bounded_memory(monkeypatch):
     finally:
         tracemalloc.stop()
     assert resident < 8 * len(lengths) and len(rows) > 5000
-    assert peak < 16 * len(lengths) + 500 * 2000  # lists of the whole would take over 100 bytes a sequence
+    assert (
+        peak < 16 * len(lengths) + 500 * 2000
+    )  # lists of the whole would take over 100 bytes a sequence
 
 
 def test_rows_are_a_sequence():
     rows = pack([5, 3, 8, 2, 2, 2], 8, seed=0, epoch=0)
     listed = [rows[i] for i in range(len(rows))]
-    assert list(rows) == listed == rows[:] and rows[-1] == listed[-1] and rows[1:3] == listed[1:3] and rows[7:] == []
+    assert (
+        list(rows) == listed == rows[:]
+        and rows[-1] == listed[-1]
+        and rows[1:3] == listed[1:3]
+        and rows[7:] == []
+    )
     assert sorted(chain(*listed)) == [0, 1, 2, 3, 4, 5]
     with pytest.raises(IndexError):
         rows[len(rows)]
@@ -147,20 +174,34 @@ def test_pack_is_fast():
 
 
 def test_collate_by_hand():
-    sequences = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]},
-                 {"input_ids": [4, 3, 2, 1], "labels": [-100, -100, 2, 1]}]
+    sequences = [
+        {"input_ids": [5, 6, 7], "labels": [5, 6, 7]},
+        {"input_ids": [8, 9], "labels": [-100, 9]},
+        {"input_ids": [4, 3, 2, 1], "labels": [-100, -100, 2, 1]},
+    ]
     batch = collate([sequences[:2], sequences[2:]], capacity=8, num_rows=3, pad_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [4, 3, 2, 1, 0, 0, 0, 0], [0] * 8]
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 7, 8, 9, 0, 0, 0],
+        [4, 3, 2, 1, 0, 0, 0, 0],
+        [0] * 8,
+    ]
     n = -100
     assert batch["labels"].tolist() == [[n, 6, 7, n, 9, n, n, n], [n, n, 2, 1, n, n, n, n], [n] * 8]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3], list(range(8))]
+    assert batch["position_ids"].tolist() == [
+        [0, 1, 2, 0, 1, 0, 1, 2],
+        [0, 1, 2, 3, 0, 1, 2, 3],
+        list(range(8)),
+    ]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 @pytest.mark.parametrize(("longest", "width"), [(1, 64), (64, 64), (65, 128), (300, 300)])
 def test_collate_trims_to_the_longest_row(longest, width):
     sequence = {"input_ids": [1] * longest, "labels": [1] * longest}
-    assert collate([[sequence], []], capacity=300, num_rows=2, pad_id=0)["input_ids"].shape == (2, width)
+    assert collate([[sequence], []], capacity=300, num_rows=2, pad_id=0)["input_ids"].shape == (
+        2,
+        width,
+    )
 
 
 def test_collate_leaves_the_dataset_as_it_is():
@@ -184,22 +225,49 @@ def test_a_step_holds_the_same_however_it_is_split():
     dataset = Sequences(toy_lengths(500))
 
     def steps(batch_size, accumulation_steps, world_size=1):
-        runs = [batches_of(dataset, batch_size=batch_size, accumulation_steps=accumulation_steps, rank=rank,
-                           world_size=world_size, epochs=2) for rank in range(world_size)]
+        runs = [
+            batches_of(
+                dataset,
+                batch_size=batch_size,
+                accumulation_steps=accumulation_steps,
+                rank=rank,
+                world_size=world_size,
+                epochs=2,
+            )
+            for rank in range(world_size)
+        ]
         return [list(chain(*map(indices_in, step))) for step in zip(*runs, strict=True)]
 
     whole = steps(12, 1)
     assert len(whole) > 4
-    assert whole == steps(3, 4) == steps(1, 12) == steps(6, 1, world_size=2) == steps(1, 4, world_size=3)
+    assert (
+        whole
+        == steps(3, 4)
+        == steps(1, 12)
+        == steps(6, 1, world_size=2)
+        == steps(1, 4, world_size=3)
+    )
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation_steps", "world_size"),
-                         [(12, 1, 1), (5, 1, 1), (4, 1, 2), (3, 2, 3), (1, 1, 5), (2, 9, 7), (1, 1, 12), (64, 1, 8)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation_steps", "world_size"),
+    [(12, 1, 1), (5, 1, 1), (4, 1, 2), (3, 2, 3), (1, 1, 5), (2, 9, 7), (1, 1, 12), (64, 1, 8)],
+)
 def test_a_run_goes_on_with_another_number_of_ranks(batch_size, accumulation_steps, world_size):
     dataset = Sequences(toy_lengths(400))
     whole = batches_of(dataset, batch_size=6, accumulation_steps=2, epochs=2)
-    runs = [batches_of(dataset, batch_size=batch_size, accumulation_steps=accumulation_steps, rank=rank, epochs=2,
-                       world_size=world_size, rows_per_step=12) for rank in range(world_size)]
+    runs = [
+        batches_of(
+            dataset,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+            rank=rank,
+            epochs=2,
+            world_size=world_size,
+            rows_per_step=12,
+        )
+        for rank in range(world_size)
+    ]
     assert len(whole) > 4
     first_epoch = []
     for step, expected in enumerate(whole):
@@ -214,12 +282,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(batch_size, accumulation_ste
 
 
 def test_micro_batches_are_of_like_size():
-    (micro_batches,) = batches_of(Sequences([8] * 5), batch_size=4, accumulation_steps=2, max_seq_len=8)
+    (micro_batches,) = batches_of(
+        Sequences([8] * 5), batch_size=4, accumulation_steps=2, max_seq_len=8
+    )
     assert [len(micro["input_ids"]) for micro in micro_batches] == [3, 2]
 
 
 def test_a_step_with_fewer_rows_than_ranks_is_refused():
-    with pytest.raises(ValueError, match=r"a step of 3 rows leaves some of 4 processes without work\. Start at most 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"a step of 3 rows leaves some of 4 processes without work\. Start at most 3",
+    ):
         batches_of(Sequences([8] * 20), world_size=4, rows_per_step=3)
 
 
@@ -227,24 +300,42 @@ def test_a_step_with_fewer_rows_than_ranks_is_refused():
 def test_loader_processes_give_what_indexing_gives(context):
     batches = batches_of(Sequences(toy_lengths(300)), batch_size=2, accumulation_steps=2, epochs=2)
     first = 3
-    loader = DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=2,
-                        multiprocessing_context=context)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, len(batches)),
+        num_workers=2,
+        multiprocessing_context=context,
+    )
     loaded = list(loader)
     assert len(loaded) == len(batches) - first > 10
     for step, micro_batches in enumerate(loaded, start=first):
         for micro, expected in zip(micro_batches, batches[step], strict=True):
-            assert micro.keys() == expected.keys() and all(torch.equal(micro[name], expected[name]) for name in micro)
+            assert micro.keys() == expected.keys() and all(
+                torch.equal(micro[name], expected[name]) for name in micro
+            )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_get_the_same_number_of_micro_batches(world_size):
     dataset = Sequences([8] * 21)  # 21 full rows: the last step is short for every world size
-    runs = [batches_of(dataset, batch_size=2, accumulation_steps=2, max_seq_len=8, rank=rank, world_size=world_size)
-            for rank in range(world_size)]
+    runs = [
+        batches_of(
+            dataset,
+            batch_size=2,
+            accumulation_steps=2,
+            max_seq_len=8,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
     seen = []
     for step in zip(*runs, strict=True):
         assert len({len(micro_batches) for micro_batches in step}) == 1
-        assert all(micro["input_ids"].shape[0] >= 1 for micro_batches in step for micro in micro_batches)
+        assert all(
+            micro["input_ids"].shape[0] >= 1 for micro_batches in step for micro in micro_batches
+        )
         seen += chain(*map(indices_in, step))
     assert sorted(seen) == list(range(21))
 
@@ -262,8 +353,15 @@ def test_from_step_continues_without_reading_what_came_before():
     whole = list(batches_of(dataset, **options))
     first = len(whole) - 5
     read = []
-    dataset.__class__ = type("Watched", (Sequences,), {
-        "__getitem__": lambda self, index: read.append(index) or Sequences.__getitem__(self, index)})
+    dataset.__class__ = type(
+        "Watched",
+        (Sequences,),
+        {
+            "__getitem__": lambda self, index: (
+                read.append(index) or Sequences.__getitem__(self, index)
+            )
+        },
+    )
     rest = list(batches_of(dataset, **options).from_step(first))
     assert len(rest) == 5
     for expected, micro_batches in zip(whole[first:], rest, strict=True):
@@ -278,13 +376,17 @@ def test_max_steps_ends_the_run():
     cut = batches_of(dataset, epochs=2, max_steps=len(whole) - 3)
     assert len(cut) == len(list(cut)) == len(whole) - 3
     assert indices_in(cut[5]) == indices_in(whole[5])
-    assert len(batches_of(dataset, epochs=1, max_steps=10_000)) == len(batches_of(dataset, epochs=1))
+    assert len(batches_of(dataset, epochs=1, max_steps=10_000)) == len(
+        batches_of(dataset, epochs=1)
+    )
     with pytest.raises(IndexError):
         cut[len(cut)]
 
 
-def test_padding_share_is_what_a_row_leaves_unused():
-    assert batches_of(Sequences([6, 6, 2]), max_seq_len=8).padding_share == pytest.approx(1 - 14 / 16)
+def test_padding_ratio_is_what_a_row_leaves_unused():
+    assert batches_of(Sequences([6, 6, 2]), max_seq_len=8).padding_ratio == pytest.approx(
+        1 - 14 / 16
+    )
 
 
 @pytest.mark.parametrize("name", ["batch_size", "accumulation_steps", "epochs", "max_steps"])

@@ -1,4 +1,6 @@
-"""The toy world: nothing held out leaks, every solution is right, and the scorer tells right from wrong."""
+"""The toy world: nothing held out leaks, every solution is right, and the scorer tells right from
+wrong.
+"""
 
 import json
 import os
@@ -14,11 +16,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from dataset import toy_world
-from dataset.toy_core import LEVELS, apply, is_heldout, op_key, split_of
-from dataset.toy_facts import NAMES
-from dataset.toy_numbers import WEEKDAYS, work_out
-from dataset.toy_tools import SCHEMAS
-from dataset.toy_world import ask, heldout_questions, make_world, score, write_world
+from dataset.toy.core import LEVELS, apply, is_heldout, op_key, split_of
+from dataset.toy.facts import NAMES
+from dataset.toy.measures import WEEKDAYS
+from dataset.toy.numbers import work_out
+from dataset.toy.rows import heldout_questions, question_of_item
+from dataset.toy.scorer import ask, score
+from dataset.toy.tools import SCHEMAS
+from dataset.toy.world import make_world
+from dataset.toy_world import write_world
 
 EQUATION = re.compile(r"(?<![\d.])(\d+) ([-+×*]) (\d+) = (-?\d+)")
 
@@ -46,7 +52,9 @@ def rows_of(folder, stage, split):
 
 
 def train_text(folder):
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*_train.jsonl")))
+    return "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted(folder.glob("*_train.jsonl"))
+    )
 
 
 def perfect(item):
@@ -54,7 +62,10 @@ def perfect(item):
     script = []
     for turn in item.turns:
         if turn.calls:
-            blocks = (json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False) for c in turn.calls)
+            blocks = (
+                json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False)
+                for c in turn.calls
+            )
             script.append("\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks))
         script.append(turn.reply)
     return lambda messages, tools: script.pop(0)
@@ -80,16 +91,31 @@ def test_same_seed_same_bytes_other_seed_other_bytes(small, tmp_path):
 
 def test_bytes_do_not_depend_on_the_hash_seed_of_the_process(small, tmp_path):
     world = make_world("mini", 0)
-    code = "from dataset.toy_world import *; print([q.answer for q in heldout_questions(make_world('mini', 0), 4)])"
+    code = (
+        "from dataset.toy.rows import heldout_questions; "
+        "from dataset.toy.world import make_world; "
+        "print([q.answer for q in heldout_questions(make_world('mini', 0), 4)])"
+    )
     root = Path(toy_world.__file__).parents[1]
     env = {**os.environ, "PYTHONHASHSEED": "7"}
-    out = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == str([question.answer for question in heldout_questions(world, 4)])
 
 
 def test_rerun_does_nothing_and_damage_is_repaired(small, tmp_path, capsys):
     folder = tmp_path / "w"
-    toy_world.main(["--level", "mini", "--out_dir", str(folder), "--json", str(tmp_path / "new" / "figures.json")])
+    toy_world.main(
+        [
+            "--level",
+            "mini",
+            "--out_dir",
+            str(folder),
+            "--json",
+            str(tmp_path / "new" / "figures.json"),
+        ]
+    )
     assert "written" in capsys.readouterr().out
     assert (tmp_path / "new" / "figures.json").read_bytes() == (folder / "meta.json").read_bytes()
     before = (folder / "sft_train.jsonl").stat().st_mtime_ns
@@ -149,7 +175,9 @@ def check_row(stage, row):
     for key in ("chosen", "rejected") if stage == "dpo" else ("conversations",):
         check_messages(row[key], ends_with="user" if stage in ("rl", "agent") else "assistant")
     if stage == "dpo":
-        assert row["chosen"][:-1] == row["rejected"][:-1] and row["chosen"][-1] != row["rejected"][-1]
+        assert (
+            row["chosen"][:-1] == row["rejected"][:-1] and row["chosen"][-1] != row["rejected"][-1]
+        )
     if stage == "reason":
         assert row["conversations"][-1]["reasoning_content"].strip()
     if stage in ("rl", "agent"):
@@ -161,10 +189,16 @@ def check_row(stage, row):
 
 def check_messages(messages, ends_with):
     roles = [message["role"] for message in messages]
-    assert roles[-1] == ends_with and "user" in roles and set(roles) <= {"system", "user", "assistant", "tool"}
+    assert (
+        roles[-1] == ends_with
+        and "user" in roles
+        and set(roles) <= {"system", "user", "assistant", "tool"}
+    )
     for before, message in pairwise(messages):
         assert not (before["role"] == "user" and message["role"] == "user")
-        assert isinstance(message["content"], str) and (message["content"] or message.get("tool_calls"))
+        assert isinstance(message["content"], str) and (
+            message["content"] or message.get("tool_calls")
+        )
         if message["role"] == "tool":
             assert "error" not in json.loads(message["content"])
         for call in json.loads(message.get("tool_calls", "[]")):
@@ -175,17 +209,25 @@ def test_both_languages_and_all_skills_in_every_split(mini):
     for split in toy_world.SPLITS:
         seen = {(row["skill"], row["language"]) for row in rows_of(mini, "sft", split)}
         joined = ["chat"] if split == "train" else []
-        assert seen == {(skill, language) for skill in [*LEVELS["mini"].sft_rows, *joined] for language in ("zh", "en")}
+        assert seen == {
+            (skill, language)
+            for skill in [*LEVELS["mini"].sft_rows, *joined]
+            for language in ("zh", "en")
+        }
 
 
 # --- nothing leaks ---
 
 
 def test_chats_join_whole_conversations(mini):
-    chats = [row["conversations"] for row in rows_of(mini, "sft", "train") if row["skill"] == "chat"]
+    chats = [
+        row["conversations"] for row in rows_of(mini, "sft", "train") if row["skill"] == "chat"
+    ]
     assert len(chats) > 100 and {len(messages) // 2 for messages in chats} >= {2, 3, 4}
     for messages in chats:
-        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (
+            len(messages) // 2
+        )
 
 
 @pytest.mark.parametrize("level", ["mini", "full"])
@@ -202,7 +244,9 @@ def test_no_key_is_shared_and_no_question_either(level):
 
 def test_no_heldout_question_stands_in_any_training_file(mini):
     text = train_text(mini)
-    questions = heldout_questions(make_world("mini", 0), 60) + heldout_questions(make_world("mini", 0), 60, part="lora")
+    questions = heldout_questions(make_world("mini", 0), 60) + heldout_questions(
+        make_world("mini", 0), 60, part="lora"
+    )
     for question in questions:
         last = question.follow_ups[-1] if question.follow_ups else question.messages[-1]["content"]
         if question.skill != "multi_turn":  # "And 4 more?" is a question only after another one
@@ -220,11 +264,21 @@ def test_no_heldout_operands_in_any_equation_of_the_training_files(mini):
 def test_no_heldout_operands_in_any_arithmetic_question(mini):
     asked = [row for row in rows_of(mini, "sft", "heldout") if row["skill"] == "arithmetic"]
     pairs = {tuple(sorted(re.findall(r"\d+", row["conversations"][0]["content"]))) for row in asked}
-    trained = [row for row in rows_of(mini, "sft", "train") + rows_of(mini, "rl", "train") if row["skill"] == "arithmetic"]
-    sums = [row for row in trained if re.search(r"\+|加|plus|add", row["conversations"][0]["content"])]
-    held_sums = [row for row in asked if re.search(r"\+|加|plus|add", row["conversations"][0]["content"])]
+    trained = [
+        row
+        for row in rows_of(mini, "sft", "train") + rows_of(mini, "rl", "train")
+        if row["skill"] == "arithmetic"
+    ]
+    sums = [
+        row for row in trained if re.search(r"\+|加|plus|add", row["conversations"][0]["content"])
+    ]
+    held_sums = [
+        row for row in asked if re.search(r"\+|加|plus|add", row["conversations"][0]["content"])
+    ]
     numbers = [frozenset(re.findall(r"\d+", row["conversations"][0]["content"])) for row in sums]
-    assert pairs and not {frozenset(re.findall(r"\d+", row["conversations"][0]["content"])) for row in held_sums} & set(numbers)
+    assert pairs and not {
+        frozenset(re.findall(r"\d+", row["conversations"][0]["content"])) for row in held_sums
+    } & set(numbers)
 
 
 def test_no_heldout_city_is_named_in_training(mini):
@@ -241,7 +295,9 @@ def test_no_heldout_pair_stands_in_a_training_table(mini):
     for row in rows_of(mini, "sft", "heldout"):
         if row["skill"] == "lookup":
             pair = re.search(r"\S+ = \d+", row["conversations"][-1]["content"])[0]
-            assert pair + "." not in text and pair + "。" not in text and f"- {pair}\\n" not in text, pair
+            assert (
+                pair + "." not in text and pair + "。" not in text and f"- {pair}\\n" not in text
+            ), pair
 
 
 def test_every_fact_stands_in_the_training_text(mini):
@@ -262,26 +318,41 @@ def test_every_fact_stands_in_the_training_text(mini):
 def test_every_equation_of_every_reply_holds(level):
     for split in ("train", "heldout"):
         for item in some_items(level, split, 40):
-            text = " ".join([turn.reply for turn in item.turns] + [item.thought, item.prose, item.short])
+            text = " ".join(
+                [turn.reply for turn in item.turns] + [item.reasoning, item.prose, item.short]
+            )
             for a, op, b, c in EQUATION.findall(text):
                 assert apply(int(a), op.replace("*", "×"), int(b)) == int(c), text
 
 
-@pytest.mark.parametrize(("a", "op", "b"), [
-    (7, "+", 8), (27, "+", 15), (600, "+", 45), (503, "-", 7), (523, "-", 187), (27, "-", 25), (999, "-", 998),
-    (12, "×", 7), (7, "×", 8), (12, "×", 12),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("a", "op", "b"),
+    [
+        (7, "+", 8),
+        (27, "+", 15),
+        (600, "+", 45),
+        (503, "-", 7),
+        (523, "-", 187),
+        (27, "-", 25),
+        (999, "-", 998),
+        (12, "×", 7),
+        (7, "×", 8),
+        (12, "×", 12),
+    ],
+)
 def test_work_out_ends_in_the_result(a, op, b):
     steps = work_out(a, op, b)
     assert apply(a, op, b) in [apply(*step) for step in steps]
-    assert all(len(op_key(*step)) <= (op == "×") for step in steps) or len(steps) == 1  # made of what is known by heart
+    assert (
+        all(len(op_key(*step)) <= (op == "×") for step in steps) or len(steps) == 1
+    )  # made of what is known by heart
 
 
 @pytest.mark.parametrize("level", ["mini", "full"])
 def test_the_scorer_takes_every_right_reply_and_no_wrong_one(level):
     for split in ("train", "heldout"):
         for item in some_items(level, split):
-            question = toy_world.question_of_item(item)
+            question = question_of_item(item)
             correct, messages = ask(question, perfect(item))
             assert correct, messages
             assert score(question, f"<think>\n{item.wrong}\n</think>\n\n{item.turns[-1].reply}")
@@ -292,12 +363,19 @@ def test_the_scorer_takes_every_right_reply_and_no_wrong_one(level):
 
 def test_answers_recomputed_from_the_questions():
     for item in some_items("full", "train", 60):
-        question, numbers = item.turns[0].question, [int(n) for n in re.findall(r"\d+", item.turns[0].question)]
+        question, numbers = (
+            item.turns[0].question,
+            [int(n) for n in re.findall(r"\d+", item.turns[0].question)],
+        )
         if item.skill == "comparison":
             larger = "larger" in question or "更大" in question
             assert int(item.answer) == (max if larger else min)(numbers)
         if item.skill == "sorting":
-            down = "large to small" in question or "largest first" in question or "从大到小" in question
+            down = (
+                "large to small" in question
+                or "largest first" in question
+                or "从大到小" in question
+            )
             assert item.answer == ", ".join(map(str, sorted(numbers, reverse=down)))
         if item.skill == "counting":
             word = re.search(r'["“](.+?)["”]', question)[1]
@@ -322,10 +400,15 @@ def test_full_is_as_large_as_promised():
     assert len(world.people.names) == len(set(world.people.names)) >= 200
     assert all(len(facts) == 5 for facts in world.people.facts)
     assert level.max_sum == 999 and level.max_factor == 12 and len(level.tools) >= 6
-    steps = {len(EQUATION.findall(item.turns[0].reply)) for item in world.items("t", "word_problems", "train", 200)}
+    steps = {
+        len(EQUATION.findall(item.turns[0].reply))
+        for item in world.items("t", "word_problems", "train", 200)
+    }
     assert {2, 3, 4, 5} <= steps
     tokenizer = Tokenizer.from_file(str(toy_world.ROOT / "model" / "tokenizer.json"))
-    longest = max((item.turns[0].question for item in world.items("t", "lookup", "train", 60)), key=len)
+    longest = max(
+        (item.turns[0].question for item in world.items("t", "lookup", "train", 60)), key=len
+    )
     assert len(tokenizer.encode(longest).ids) > 1000
     rng = random.Random(0)
     sums = [world.makers["arithmetic"](rng, "en") for _ in range(2000)]
@@ -344,7 +427,10 @@ def test_heldout_questions_are_the_first_rows_whatever_the_limit():
     few, many = heldout_questions(world, 6), heldout_questions(world, 20)
     assert len(few) == 6 * len(world.level.sft_rows)
     assert {question.key for question in few} <= {question.key for question in many}
-    assert {question.skill for question in heldout_questions(world, 4, part="lora")} == {"lora_identity", "lora_facts"}
+    assert {question.skill for question in heldout_questions(world, 4, part="lora")} == {
+        "lora_identity",
+        "lora_facts",
+    }
 
 
 @pytest.mark.parametrize("level", ["mini", "full"])
@@ -352,7 +438,11 @@ def test_chance_levels(level):
     chances = {}
     for question in heldout_questions(make_world(level, 0), 20):
         chances.setdefault(question.skill, set()).add(round(question.chance, 4))
-    assert chances["comparison"] == {0.5} and chances["dates"] == {0.1429} and chances["facts"] == {0.125}
+    assert (
+        chances["comparison"] == {0.5}
+        and chances["dates"] == {0.1429}
+        and chances["facts"] == {0.125}
+    )
     assert chances["sorting"] <= {round(1 / 6, 4), round(1 / 24, 4), round(1 / 120, 4)}
     assert chances["arithmetic"] == chances["identity"] == chances["tools"] == {0.0}
     assert all(0 <= chance <= 0.5 for values in chances.values() for chance in values)

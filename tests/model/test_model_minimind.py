@@ -1,17 +1,14 @@
-"""The network against transformers' own Llama, Qwen3, Qwen3-MoE and GraniteMoeShared, and against itself."""
+"""The network against transformers' own Llama, Qwen3, Qwen3-MoE and GraniteMoeShared, and against
+itself.
+"""
+
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import (
-    GraniteMoeSharedForCausalLM,
-    LlamaForCausalLM,
-    Qwen3ForCausalLM,
-    Qwen3MoeForCausalLM,
-    StaticCache,
-    pipeline,
-)
+from transformers import Qwen3ForCausalLM, StaticCache, pipeline
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -26,48 +23,24 @@ from model.model_minimind import (
     rope_frequencies,
 )
 from model.native_format import to_native_state
+from tests.helpers.networks import REFERENCES, SHAPES, SMALL, assert_close, build, token_ids
 
-SMALL = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-SHAPES = {
-    "llama": SMALL,
-    "qwen3": {**SMALL, "qk_norm": True, "head_dim": 12},
-    "qwen3_moe": {**SMALL, "qk_norm": True, "num_experts": 4, "num_experts_per_tok": 1},
-    "qwen3_moe_top2": {**SMALL, "qk_norm": True, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
-    "granitemoeshared": {
-        **SMALL, "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40, "norm_topk_prob": True},
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+SIZES = {
+    "tiny": 2_852_928,
+    "minimind2-small": 25_829_888,
+    "minimind2": 104_030_976,
+    "minimind2-moe": 145_029_760,
+    "minimind-3": 63_912_192,
+    "minimind-3-moe": 198_416_640,
 }
-REFERENCES = {
-    "llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM, "qwen3_moe_top2": Qwen3MoeForCausalLM,
-    "granitemoeshared": GraniteMoeSharedForCausalLM}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-def build(kind, **overrides):
-    torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig(**{**SHAPES[kind], **overrides}))
-    with torch.no_grad():  # norms away from 1, so that a forgotten one shows
-        for name, x in model.named_parameters():
-            x.copy_(1 + 0.3 * torch.randn_like(x) if "norm" in name else 0.2 * torch.randn_like(x))
-    return model
-
-
-def token_ids(B=2, T=12, seed=1):
-    return torch.randint(1, 97, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def assert_close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("name, count", [
-    ("minimind2-small", 25_829_888), ("minimind2", 104_030_976), ("minimind2-moe", 145_029_760), ("minimind-3", 63_912_192),
-    ("minimind-3-moe", 198_416_640), ("tiny", 2_852_928)])
-def test_presets_have_the_promised_size(name, count):
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_have_the_promised_size(name):
     with torch.device("meta"):
         model = MiniMindForCausalLM(MiniMindConfig.from_preset(name))
-    assert sum(x.numel() for x in model.parameters()) == count
-    assert set(PRESETS) == {"tiny", "minimind2-small", "minimind2", "minimind2-moe", "minimind-3", "minimind-3-moe"}
+    assert model.num_parameters() == SIZES[name] and PRESETS.keys() == SIZES.keys()
 
 
 @pytest.mark.parametrize("rope", [None, YARN], ids=["rope", "yarn"])
@@ -75,7 +48,8 @@ def test_presets_have_the_promised_size(name, count):
 def test_logits_loss_and_gradients_equal_transformers(kind, rope, tmp_path):
     model = build(kind, rope_parameters=rope and dict(rope), max_position_embeddings=64).train()
     model.save_pretrained(tmp_path)
-    reference, info = REFERENCES[kind].from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    options = dict(output_loading_info=True, attn_implementation="eager")
+    reference, info = REFERENCES[kind].from_pretrained(tmp_path, **options)
     assert not any(info["missing_keys"]) and not any(info["unexpected_keys"])
     reference.train()
     ids = token_ids()
@@ -83,13 +57,16 @@ def test_logits_loss_and_gradients_equal_transformers(kind, rope, tmp_path):
     labels[0, :5] = -100
     ours, theirs = model(ids, labels=labels), reference(ids, labels=labels)
     assert_close(ours.logits, theirs.logits)
-    assert_close(ours.loss - (model.config.router_aux_loss_coef * ours.aux_loss if ours.aux_loss is not None else 0), theirs.loss)
+    balance = 0 if ours.aux_loss is None else model.config.router_aux_loss_coef * ours.aux_loss
+    assert_close(ours.loss - balance, theirs.loss)
     model.config.router_aux_loss_coef = 0.0
-    model(ids, labels=labels, skip_logits=True).loss.backward()
+    model(ids, labels=labels, head_positions="targets").loss.backward()
     theirs.loss.backward()
     ours = to_native_state({name: x.grad for name, x in model.named_parameters()}, model.config)
-    reference.load_state_dict({name: x.grad for name, x in reference.named_parameters()}, strict=False)
-    with torch.no_grad():  # the reference writes its gradients as it would write its weights: under the names on disk
+    # the reference writes its gradients as if they were weights: under the names on disk
+    gradients = {name: x.grad for name, x in reference.named_parameters()}
+    reference.load_state_dict(gradients, strict=False)
+    with torch.no_grad():
         reference.save_pretrained(tmp_path / "gradients")
     theirs = load_file(tmp_path / "gradients" / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -98,10 +75,12 @@ def test_logits_loss_and_gradients_equal_transformers(kind, rope, tmp_path):
         assert ".experts." in name or ours[name].abs().max() > 0, name  # an expert may get no token
 
 
-@pytest.mark.parametrize("rope", [
-    YARN, {**YARN, "beta_fast": 20, "beta_slow": 2, "truncate": False}, {**YARN, "attention_factor": 1.7}])
-def test_yarn_frequencies_equal_transformers(rope):
-    config = MiniMindConfig(**{**SMALL, "head_dim": 64}, rope_parameters=dict(rope), max_position_embeddings=64)
+@pytest.mark.parametrize(
+    "options", [{}, dict(beta_fast=20, beta_slow=2, truncate=False), dict(attention_factor=1.7)]
+)
+def test_yarn_frequencies_equal_transformers(options):
+    rope = dict(YARN, **options)
+    config = MiniMindConfig(**SMALL, head_dim=64, rope_parameters=rope, max_position_embeddings=64)
     inv_freq, factor = rope_frequencies(config)
     expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](config, device=torch.device("cpu"))
     assert_close(inv_freq, expected, 1e-7)
@@ -112,15 +91,15 @@ def test_shared_expert_mixture_equals_a_loop_over_tokens():
     layer = build("granitemoeshared").model.layers[0].mlp
     x = torch.randn(2, 5, 32)
     out, _ = layer(x)
-    for b in range(2):
-        for t in range(5):
-            token, expected = x[b, t], layer.shared_expert(x[b, t])
-            probs = (layer.gate.weight @ token).softmax(-1)
-            best = probs.argsort(descending=True)[:2]
-            for e in best:
-                gate, up = (layer.experts.gate_up_proj[e] @ token).chunk(2)
-                expected = expected + probs[e] / probs[best].sum() * (layer.experts.down_proj[e] @ (F.silu(gate) * up))
-            assert_close(out[b, t], expected)
+    for b, t in product(range(2), range(5)):
+        token, expected = x[b, t], layer.shared_expert(x[b, t])
+        probs = (layer.gate.weight @ token).softmax(-1)
+        best = probs.argsort(descending=True)[:2]
+        for e in best:
+            gate, up = (layer.experts.gate_up_proj[e] @ token).chunk(2)
+            down = layer.experts.down_proj[e] @ (F.silu(gate) * up)
+            expected = expected + probs[e] / probs[best].sum() * down
+        assert_close(out[b, t], expected)
 
 
 def test_experts_without_tokens_get_a_zero_gradient_and_not_none():
@@ -145,12 +124,14 @@ def test_router_learns_from_the_language_model_loss_alone(kind):
 def test_renormalised_top_1_would_teach_the_router_nothing():
     x, grads = torch.randn(1, 6, 32), {}
     for renormalise in (False, True):
-        layer = MixtureOfExperts(MiniMindConfig(**{**SHAPES["qwen3_moe"], "norm_topk_prob": renormalise}))
-        layer.load_state_dict({name: torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel()))
-                               for name, y in layer.state_dict().items()})
+        config = MiniMindConfig(**SHAPES["qwen3_moe"], norm_topk_prob=renormalise)
+        layer = MixtureOfExperts(config)
+        torch.manual_seed(0)
+        for y in layer.parameters():
+            torch.nn.init.normal_(y)
         layer(x)[0].square().sum().backward()
         grads[renormalise] = layer.gate.weight.grad.abs().max()
-    assert grads[True] < 1e-4 * grads[False]  # nothing but rounding: why the top-1 preset does not renormalise
+    assert grads[True] < 1e-4 * grads[False]  # rounding: why the top-1 preset does not renormalise
 
 
 def test_balance_loss_equals_transformers_on_one_sequence():
@@ -164,7 +145,8 @@ def test_balance_loss_equals_transformers_on_one_sequence():
 def test_balance_loss_ignores_padding():
     logits = torch.randn(2, 8, 4)
     mask = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
-    probs, ids = logits.view(16, 4).softmax(-1), torch.where(mask.flatten() == 1, torch.arange(2).repeat_interleave(8), 2)
+    probs = logits.view(16, 4).softmax(-1)
+    ids = torch.where(mask.flatten() == 1, torch.arange(2).repeat_interleave(8), 2)
     ours = load_balancing_loss(probs, probs.topk(2).indices, ids, 3)
     for row in range(2):
         assert_close(ours[row], load_balancing_loss_func((logits[row][mask[row] == 1],), 4, 2))
@@ -180,16 +162,20 @@ def test_loss_does_not_depend_on_packing_or_on_micro_batches(kind):
 
     def gradient(batches):
         model.zero_grad()
-        loss = sum(model(x, position_ids=p, labels=y, num_items_in_batch=num_targets, skip_logits=True).loss
-                   for x, y, p in batches)
+        options = dict(num_items_in_batch=num_targets, head_positions="targets")
+        loss = sum(model(x, position_ids=p, labels=y, **options).loss for x, y, p in batches)
         loss.backward()
         return loss.detach(), torch.cat([x.grad.flatten() for x in model.parameters()])
 
     def pack(order):
         def cut(y):  # the first token of a document is nobody's target
             return torch.cat([torch.full((1, 1), -100), y[:, 1:]], dim=1)
-        return (torch.cat([docs[i] for i in order], 1), torch.cat([cut(labels[i]) for i in order], 1),
-                torch.cat([torch.arange(docs[i].shape[1]) for i in order])[None])
+
+        return (
+            torch.cat([docs[i] for i in order], 1),
+            torch.cat([cut(labels[i]) for i in order], 1),
+            torch.cat([torch.arange(docs[i].shape[1]) for i in order])[None],
+        )
 
     alone = gradient([(x, y, None) for x, y in zip(docs, labels)])
     for batches in ([pack([0, 1, 2, 3])], [pack([3, 1]), pack([0, 2])]):
@@ -247,12 +233,13 @@ def test_autocast_works_packed_and_with_a_cache(kind, dtype):
         out = model(ids[:, :4], use_cache=True)
         model(ids[:, 4:], past_key_values=out.past_key_values)
     assert (packed.logits - exact).abs().max() < 0.1 * exact.abs().max()
-    assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in model.parameters())
+    grads = [x.grad for x in model.parameters()]
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
 
 
 def test_row_without_any_token_gives_no_nan():
-    model = build("llama").eval()
-    assert model(token_ids(2, 4), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])).logits.isfinite().all()
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    assert build("llama").eval()(token_ids(2, 4), attention_mask=mask).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -271,16 +258,16 @@ def test_incremental_decoding_equals_the_full_forward(kind):
 def test_static_cache_and_left_padding_generate_the_same_tokens():
     model = build("qwen3").eval()
     prompt = token_ids(1, 5)
-    expected = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    static = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="static",
-                            disable_compile=True)
+    greedy = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    expected = model.generate(prompt, **greedy)
+    static = model.generate(prompt, cache_implementation="static", disable_compile=True, **greedy)
     assert static.tolist() == expected.tolist()
     padded = torch.cat([F.pad(prompt, (3, 0)), token_ids(1, 8)])
     mask = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])
-    both = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    both = model.generate(padded, attention_mask=mask, **greedy)
     assert both[0, 3:].tolist() == expected[0].tolist()
     cache = StaticCache(config=model.config, max_cache_len=16)
-    logits = [model(prompt[:, t:t + 1], past_key_values=cache).logits for t in range(5)]
+    logits = [model(prompt[:, t : t + 1], past_key_values=cache).logits for t in range(5)]
     assert_close(torch.cat(logits, 1), model(prompt).logits)
 
 
@@ -290,18 +277,16 @@ def test_greedy_generation_equals_transformers(tmp_path):
     reference = Qwen3ForCausalLM.from_pretrained(tmp_path)
     for beams in (1, 3):
         options = dict(max_new_tokens=10, do_sample=False, num_beams=beams, eos_token_id=None)
-        assert model.generate(token_ids(), **options).tolist() == reference.generate(token_ids(), **options).tolist()
+        ours, theirs = (net.generate(token_ids(), **options) for net in (model, reference))
+        assert ours.tolist() == theirs.tolist()
 
 
 def test_compiled_model_gives_the_same_loss():
-    model = build("qwen3")
-    ids = token_ids()
-    expected = model(ids, labels=ids, skip_logits=True).loss
+    model, ids = build("qwen3"), token_ids()
     compiled = torch.compile(model, backend="eager")
-    assert_close(compiled(ids, labels=ids, skip_logits=True).loss, expected)
-    positions = torch.arange(12).remainder(5).expand(2, 12)
-    assert_close(compiled(ids, position_ids=positions, labels=ids, skip_logits=True).loss,
-          model(ids, position_ids=positions, labels=ids, skip_logits=True).loss)
+    for positions in (None, torch.arange(12).remainder(5).expand(2, 12)):
+        batch = dict(input_ids=ids, position_ids=positions, labels=ids, head_positions="targets")
+        assert_close(compiled(**batch).loss, model(**batch).loss)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -316,14 +301,20 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert_close(*grads)
 
 
-def test_logits_to_keep_and_hidden_states():
+def test_head_positions_and_hidden_states():
     model, ids = build("llama").eval(), token_ids()
     full = model(ids, output_hidden_states=True)
     assert_close(model(ids, logits_to_keep=3).logits, full.logits[:, -3:])
-    assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, full.logits[:, [1, 4]])
     marked = torch.zeros_like(ids, dtype=torch.bool)
     marked[0, [0, 2]] = marked[1, 3] = True
-    assert_close(model(ids, logits_to_keep=marked).logits, full.logits[[0, 0, 1], [0, 2, 3]])
+    assert_close(model(ids, head_positions=marked).logits, full.logits[[0, 0, 1], [0, 2, 3]])
+    bodies = model(ids, head_positions="none")
+    assert bodies.logits is None and len(bodies.hidden_states) == 1
+    assert_close(bodies.hidden_states[0], full.hidden_states[-1])
+    whole, targets = (model(ids, labels=ids, head_positions=x) for x in ("all", "targets"))
+    assert_close(whole.loss, targets.loss)
+    assert targets.logits is None and model(ids).hidden_states is None
+    assert model(ids, labels=ids, head_positions=marked).loss == 0
     assert len(full.hidden_states) == 3
     assert_close(model.lm_head(full.hidden_states[-1]), full.logits)
     embeds = model.get_input_embeddings()(ids)
@@ -332,59 +323,70 @@ def test_logits_to_keep_and_hidden_states():
 
 def test_a_batch_without_targets_has_loss_zero():
     model, ids = build("llama"), token_ids()
-    loss = model(ids, labels=torch.full_like(ids, -100), skip_logits=True).loss
+    loss = model(ids, labels=torch.full_like(ids, -100), head_positions="targets").loss
     loss.backward()
     assert loss.item() == 0.0 and model.lm_head.weight.grad.abs().sum() == 0
 
 
-def test_works_in_a_pipeline_with_peft_and_with_trl(tmp_path):
-    from pathlib import Path
+def with_whole_vocabulary(tokenizer):
+    return MiniMindForCausalLM(MiniMindConfig(**dict(SMALL, vocab_size=len(tokenizer)))).eval()
 
+
+def test_works_in_a_pipeline_with_peft_and_with_trl(tokenizer, tmp_path):
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[2] / "model")
-    model = MiniMindForCausalLM(MiniMindConfig(**{**SMALL, "vocab_size": len(tokenizer)}))
+    model = with_whole_vocabulary(tokenizer)
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    assert isinstance(generate("hello", max_new_tokens=4, do_sample=False)[0]["generated_text"], str)
+    (out,) = generate("hello", max_new_tokens=4, do_sample=False)
+    assert isinstance(out["generated_text"], str)
 
     ids, plain = token_ids(), model(token_ids()).logits
-    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"))
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
+    lora = get_peft_model(model, config)
     torch.nn.init.normal_(next(x for name, x in lora.named_parameters() if "lora_B" in name))
     assert not torch.allclose(lora(ids).logits, plain)
     model = lora.unload().requires_grad_(True)
     assert_close(model(ids).logits, plain)
     rows = Dataset.from_list([{"text": f"{i} and {i + 1}"} for i in range(4)])
-    config = SFTConfig(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, per_device_train_batch_size=2,
-                       save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    quiet = dict(report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    config = SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, **quiet
+    )
     before = model.lm_head.weight.clone()
     SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer).train()
     assert not torch.equal(before, model.lm_head.weight)
 
 
-def test_lm_eval_scores_it():
-    from pathlib import Path
-
+def test_lm_eval_scores_it(tokenizer):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[2] / "model")
-    model = MiniMindForCausalLM(MiniMindConfig(**{**SMALL, "vocab_size": len(tokenizer)})).eval()
+    model = with_whole_vocabulary(tokenizer)
     request = Instance("loglikelihood", {}, ("The town of", " Lumen"), 0, ("test", 0, 1))
-    (score, _), = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu").loglikelihood([request], disable_tqdm=True)
-    context, ids = len(tokenizer("The town of").input_ids), torch.tensor([tokenizer("The town of Lumen").input_ids])
-    log_probs = model(ids).logits.log_softmax(-1)[0, context - 1:-1]
-    assert score == pytest.approx(log_probs.gather(1, ids[0, context:, None]).sum().item(), abs=1e-4)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu")
+    ((score, _),) = harness.loglikelihood([request], disable_tqdm=True)
+    context = len(tokenizer("The town of").input_ids)
+    ids = torch.tensor([tokenizer("The town of Lumen").input_ids])
+    log_probs = model(ids).logits.log_softmax(-1)[0, context - 1 : -1]
+    expected = log_probs.gather(1, ids[0, context:, None]).sum().item()
+    assert score == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(hidden_size=30), "hidden_size 30 is not a multiple"),
-    (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads"),
-    (dict(head_dim=7), "head_dim 7 is odd"), (dict(num_experts=4, num_experts_per_tok=5), "num_experts_per_tok 5"),
-    (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type 'longrope'")])
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(hidden_size=30), "hidden_size 30 is not a multiple"),
+        (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads"),
+        (dict(head_dim=7), "head_dim 7 is odd"),
+        (dict(num_experts=4, num_experts_per_tok=5), "num_experts_per_tok 5"),
+        (dict(rope_parameters=LONGROPE), "rope_type 'longrope'"),
+    ],
+)
 def test_impossible_shapes_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         MiniMindConfig(**{**SMALL, **fields})

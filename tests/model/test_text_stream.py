@@ -9,7 +9,8 @@ MIXED = "数学 maths, naïve café — 👩‍👩‍👧 𠮷 <|im_end|> 的\n
 
 def test_pieces_join_to_what_the_tokenizer_decodes(tokenizer):
     pieces, rng = token_bytes(tokenizer), random.Random(0)
-    anything = "".join(chr(rng.choice((rng.randrange(32, 0xD7FF), rng.randrange(0x10000, 0x1FFFF)))) for _ in range(500))
+    planes = (32, 0xD7FF), (0x10000, 0x1FFFF)
+    anything = "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(500))
     for text in (MIXED, anything):
         ids = tokenizer(text).input_ids
         stream = TextStream(pieces)
@@ -22,8 +23,9 @@ def test_random_tokens_give_what_decode_gives(tokenizer):
     pieces, rng = token_bytes(tokenizer), random.Random(1)
     for _ in range(50):
         ids = [rng.randrange(9, len(tokenizer)) for _ in range(30)]
-        stream = TextStream(pieces)
-        assert "".join([*map(stream.push, ids), stream.finish()]) == b"".join(pieces[i] for i in ids).decode(errors="replace")
+        stream, expected = TextStream(pieces), b"".join(pieces[i] for i in ids)
+        text = "".join([*map(stream.push, ids), stream.finish()])
+        assert text == expected.decode(errors="replace")
 
 
 def test_a_character_comes_when_it_is_whole(tokenizer):
@@ -41,18 +43,22 @@ def spell(tokenizer, text):
 def test_stop_texts(tokenizer):
     pieces = token_bytes(tokenizer)
     for text, stop, expected, stopped in (
-            ("abcdef", ("cd",), "ab", True), ("abcdef", ("xx", "def"), "abc", True), ("ababac", ("abac",), "ab", True),
-            ("abcd", ("cde",), "abcd", False), ("aaab", ("aab",), "a", True), ("hello", ("lo", "el"), "h", True)):
-        stream = TextStream(pieces, stop)
-        seen = ""
+        ("abcdef", ("cd",), "ab", True),
+        ("abcdef", ("xx", "def"), "abc", True),
+        ("ababac", ("abac",), "ab", True),
+        ("abcd", ("cde",), "abcd", False),
+        ("aaab", ("aab",), "a", True),
+        ("hello", ("lo", "el"), "h", True),
+    ):
+        stream, seen = TextStream(pieces, stop), ""
         for token in spell(tokenizer, text):
             seen += stream.push(token)
-            assert expected.startswith(seen), "what was handed out may not be part of the stop text"
+            assert expected.startswith(seen), "a part of the stop text was handed out"
         seen += stream.finish()
         assert (seen, stream.text, stream.stopped) == (expected, expected, stopped)
         assert stream.push(spell(tokenizer, "z")[0]) == "" or not stopped
 
 
-def test_what_cannot_be_a_stop_text_any_more_is_handed_out_at_once(tokenizer):
+def test_text_that_cannot_be_a_stop_text_any_more_is_handed_out_at_once(tokenizer):
     stream = TextStream(token_bytes(tokenizer), ("END",))
     assert [stream.push(token) for token in spell(tokenizer, "aENx")] == ["a", "", "", "ENx"]

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def server():
-    from tests.scripts.served import Running  # only the tests that serve pay for the import
+    from tests.helpers.served import Running  # only the tests that serve pay for the import
 
     running = Running()
     yield running
@@ -16,5 +16,7 @@ def server():
 def client(server):
     import openai
 
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
         yield client

@@ -1,13 +1,17 @@
+"""The tokenizer benchmark: counts of held-out rows, and the files that it reads."""
+
 import base64
 import json
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from scripts.bench_tokenizer import byte_letters, load_tokenizer, main
+from scripts import bench
+from scripts.benchmarks.tokenizer import byte_letters, load_tokenizer
+from tests.helpers.bench import read_table, run_bench
+from trainer.runtime.arguments import ROOT
 
-MODEL = Path(__file__).resolve().parents[2] / "model"
+MODEL = ROOT / "model"
 TEXTS = ["中文和 English 12 words, it's fine.\n\n  x", "plain old text", "😀 e\u0301"]
 
 
@@ -28,21 +32,20 @@ def gpt2_folder(tmp_path, vocab_name, merges_name):
     return tmp_path
 
 
-def test_figures_of_held_out_rows(rows, tmp_path, capsys):
+def test_held_out_rows(rows, tmp_path, capsys):
     folder = gpt2_folder(tmp_path, "encoder.json", "vocab.bpe")
-    main(["--data_path", rows, "--tokenizer", f"bytes={folder}", "--json", str(tmp_path / "out.json")])
-    figures = {(f["tokenizer"], f["language"]): f for f in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))}
-    assert set(figures) == {(name, lang) for name in ("minimind", "bytes") for lang in ("zh", "en")}
-    assert figures["bytes", "zh"] == {
-        **{"tokenizer": "bytes", "entries": 258, "language": "zh", "rows": 1, "characters": 9, "bytes": 27, "tokens": 27},
-        **{"characters_per_token": 1 / 3, "bytes_per_token": 1.0},
-    }
+    words = f"tokenizer --data_path {rows} --tokenizer bytes={folder}"
+    found = {(row["tokenizer"], row["language"]): row for row in run_bench(tmp_path, words)["rows"]}
+    assert set(found) == {(name, lang) for name in ("minimind", "bytes") for lang in ("zh", "en")}
+    counts = {"rows": 1, "characters": 9, "bytes": 27, "tokens": 27}
+    ratios = {"characters_per_token": 1 / 3, "bytes_per_token": 1.0}
+    names = {"tokenizer": "bytes", "entries": 258, "language": "zh"}
+    assert found["bytes", "zh"] == names | counts | ratios
     ours = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     tokens = len(ours.encode("A held-out English row: 3,000 bytes? No.").ids)
-    assert figures["minimind", "en"]["tokens"] == tokens
-    out = capsys.readouterr().out
-    assert f"| minimind | 6,400 | en | 1 | {40 / tokens:.3f} | {40 / tokens:.3f} |" in out
-    assert "| bytes | 258 | zh | 1 | 0.333 | 1.000 |" in out
+    assert found["minimind", "en"]["tokens"] == tokens
+    first = {row["tokenizer"]: row for row in read_table(capsys.readouterr().out)}["minimind"]
+    assert first["entries"] == "6,400" and first["characters per token"] == f"{40 / tokens:#.3g}"
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
@@ -53,16 +56,23 @@ def test_gpt2_files(tmp_path, names):
 
 
 def test_ranks_give_the_ids_of_the_tokenizer_that_they_were_taken_from(tmp_path):
-    """Our own vocabulary, written as a .tiktoken file and read back, encodes every text as before."""
+    """Our own vocabulary, written as a .tiktoken file and read back, encodes every text alike."""
     ours = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     lines = []
-    for word, token in sorted(ours.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]):
+    for word, token in sorted(
+        ours.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]
+    ):
         if token >= 32:
-            lines.append(f"{base64.b64encode(bytes(byte_of[letter] for letter in word)).decode()} {token}\n")
+            lines.append(
+                f"{base64.b64encode(bytes(byte_of[letter] for letter in word)).decode()} {token}\n"
+            )
     (tmp_path / "a.tiktoken").write_text("".join(lines), encoding="ascii")
     again = load_tokenizer(str(tmp_path / "a.tiktoken"))
-    for text in [*TEXTS, (MODEL / "chat_template.jinja").read_text(encoding="utf-8").replace("<", "[")]:
+    for text in [
+        *TEXTS,
+        (MODEL / "chat_template.jinja").read_text(encoding="utf-8").replace("<", "["),
+    ]:
         assert again.encode(text).ids == ours.encode(text).ids
 
 
@@ -72,8 +82,14 @@ def test_tokenizer_json_and_its_folder():
 
 
 def test_errors(rows, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"none: no tokenizer\. Give a tokenizer\.json, a \.tiktoken file, or a folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"none: no tokenizer\. Give a tokenizer\.json, a \.tiktoken file, or a folder",
+    ):
         load_tokenizer(str(tmp_path / "none"))
     with pytest.raises(SystemExit):
-        main(["--data_path", rows, "--tokenizer", "a.json"])
-    assert "--tokenizer a.json has no name: give NAME=PATH, such as gpt2=a.json" in capsys.readouterr().err
+        bench.main(["tokenizer", "--data_path", rows, "--tokenizer", "a.json"])
+    assert (
+        "--tokenizer a.json has no name: give NAME=PATH, such as gpt2=a.json"
+        in capsys.readouterr().err
+    )

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from scripts import chat_api
-from tests.scripts.own_tools import write_tools
+from tests.helpers.own_tools import write_tools
 
 
 def part(content=None, reasoning=None, call=None):
@@ -16,7 +16,13 @@ def part(content=None, reasoning=None, call=None):
 
 
 def call(index, name=None, arguments=None):
-    return [SimpleNamespace(index=index, id=name and f"call_{index}", function=SimpleNamespace(name=name, arguments=arguments))]
+    return [
+        SimpleNamespace(
+            index=index,
+            id=name and f"call_{index}",
+            function=SimpleNamespace(name=name, arguments=arguments),
+        )
+    ]
 
 
 def test_a_question_is_answered(server, capsys):
@@ -26,7 +32,9 @@ def test_a_question_is_answered(server, capsys):
     assert plain.strip()
     chat_api.main([*flags, "--think"])
     assert capsys.readouterr().out.startswith("[")
-    chat_api.main([*flags, "--tools", "calculator"])  # the network writes nonsense, and calls nothing
+    chat_api.main(
+        [*flags, "--tools", "calculator"]
+    )  # the network writes nonsense, and calls nothing
     with pytest.raises(ValueError, match="there is no model 'x'"):
         chat_api.main([*flags, "--model", "x"])
     with pytest.raises(OSError, match="start one"):
@@ -43,8 +51,16 @@ def test_an_error_in_the_middle_of_a_stream(server, monkeypatch):
 
 
 def test_tools_are_run_until_there_is_an_answer(capsys):
-    rounds = [[part(reasoning="which?"), part(call=call(0, "calculator", "")), part(call=call(0, None, '{"expression": ')),
-               part(call=call(0, None, '"6 * 7"}')), part(call=call(1, "get_time", '{"city"'))], [part("It is "), part("42.")]]
+    rounds = [
+        [
+            part(reasoning="which?"),
+            part(call=call(0, "calculator", "")),
+            part(call=call(0, None, '{"expression": ')),
+            part(call=call(0, None, '"6 * 7"}')),
+            part(call=call(1, "get_time", '{"city"')),
+        ],
+        [part("It is "), part("42.")],
+    ]
     asked = []
 
     def create(messages, **options):
@@ -53,12 +69,27 @@ def test_tools_are_run_until_there_is_an_answer(capsys):
 
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
     messages = [{"role": "user", "content": "6 times 7?"}]
-    args = chat_api.parse_args(chat_api.ChatArgs, ["--model", "x", "--tools", "calculator", "get_time"])
+    args = chat_api.parse_args(
+        chat_api.ChatArgs, ["--model", "x", "--tools", "calculator", "get_time"]
+    )
     chat_api.answer(client, messages, args)
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
-    assert messages[1]["tool_calls"][0]["function"] == {"name": "calculator", "arguments": '{"expression": "6 * 7"}'}
-    assert json.loads(messages[2]["content"]) == {"result": 42} and "no JSON" in messages[3]["content"]
-    assert messages[-1]["content"] == "It is 42." and capsys.readouterr().out.startswith("[which?]\n")
+    assert [message["role"] for message in messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "assistant",
+    ]
+    assert messages[1]["tool_calls"][0]["function"] == {
+        "name": "calculator",
+        "arguments": '{"expression": "6 * 7"}',
+    }
+    assert (
+        json.loads(messages[2]["content"]) == {"result": 42} and "no JSON" in messages[3]["content"]
+    )
+    assert messages[-1]["content"] == "It is 42." and capsys.readouterr().out.startswith(
+        "[which?]\n"
+    )
 
 
 def test_tools_of_a_file_and_of_the_toy_world_together(tmp_path, capsys):
@@ -66,8 +97,11 @@ def test_tools_of_a_file_and_of_the_toy_world_together(tmp_path, capsys):
     box = chat_api.parse_args(chat_api.ChatArgs, ["--tools", "get_time", path]).box
     assert [schema["function"]["name"] for schema in box.schemas()] == ["get_time", "multiply"]
     assert json.loads(box.run("multiply", {"a": 6, "b": 7})) == {"result": 42}
-    for tools, message in ((["fly"], "--tools fly: give a .py file, or some of calculator"),
-                           (["no.py"], "no.py is no Python file"), ([path, path], "two tools called multiply")):
+    for tools, message in (
+        (["fly"], "--tools fly: give a .py file, or some of calculator"),
+        (["no.py"], "no.py is no Python file"),
+        ([path, path], "two tools called multiply"),
+    ):
         with pytest.raises(SystemExit):
             chat_api.parse_args(chat_api.ChatArgs, ["--tools", *tools])
         assert message in capsys.readouterr().err

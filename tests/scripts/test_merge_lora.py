@@ -14,7 +14,13 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from scripts.merge_lora import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16)
+SHAPE = dict(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=16,
+)
 MOE = dict(num_experts=2, num_experts_per_tok=1, qk_norm=True)
 
 
@@ -65,7 +71,9 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("shape, options", [({}, {}), ({}, {"use_dora": True, "use_rslora": True}), (MOE, {})])
+@pytest.mark.parametrize(
+    "shape, options", [({}, {}), ({}, {"use_dora": True, "use_rslora": True}), (MOE, {})]
+)
 def test_merged_is_unmerged_and_a_folder_like_any_other(shape, options, tmp_path):
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "merged"))
     save_base(base, **shape)
@@ -73,16 +81,31 @@ def test_merged_is_unmerged_and_a_folder_like_any_other(shape, options, tmp_path
     main(["--from_weight", str(base), "--adapter", str(adapter), "--out", str(out)])
     torch.testing.assert_close(logits(out), unmerged(base, adapter), rtol=1e-4, atol=1e-5)
     assert (logits(out) - logits(base)).abs().max() > 0.001
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), adapter
+    ).merge_and_unload()
     ours = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(ours(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-5)
     assert ours.generation_config.eos_token_id == [2, 0]
-    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    assert (
+        AutoTokenizer.from_pretrained(out).chat_template
+        == AutoTokenizer.from_pretrained(base).chat_template
+    )
 
 
 def test_several_are_added_at_once_or_one_after_the_other_and_none_twice(out, capsys):
     common = ["--save_dir", str(out)]
-    main([*common, "--from_weight", "full_sft", "--adapter", str(out / "a"), str(out / "b"), str(out / "a")])
+    main(
+        [
+            *common,
+            "--from_weight",
+            "full_sft",
+            "--adapter",
+            str(out / "a"),
+            str(out / "b"),
+            str(out / "a"),
+        ]
+    )
     assert "a is given twice: it is added once" in capsys.readouterr().out
     both = unmerged(out / "full_sft_16x1", out / "a", out / "b")
     torch.testing.assert_close(logits(out / "merged_16x1"), both, rtol=1e-4, atol=1e-5)
@@ -90,8 +113,21 @@ def test_several_are_added_at_once_or_one_after_the_other_and_none_twice(out, ca
     assert [Path(one["folder"]).name for one in record["adapters"]] == ["a", "b"]
 
     main([*common, "--adapter", str(out / "a"), "--out", str(out / "one")])
-    main([*common, "--from_weight", str(out / "one"), "--adapter", str(out / "a"), str(out / "b"), "--out", str(out / "two")])
-    assert f"{out / 'a'} is in {out / 'one'} already: it is not added again" in capsys.readouterr().out
+    main(
+        [
+            *common,
+            "--from_weight",
+            str(out / "one"),
+            "--adapter",
+            str(out / "a"),
+            str(out / "b"),
+            "--out",
+            str(out / "two"),
+        ]
+    )
+    assert (
+        f"{out / 'a'} is in {out / 'one'} already: it is not added again" in capsys.readouterr().out
+    )
     torch.testing.assert_close(logits(out / "two"), both, rtol=1e-4, atol=1e-5)
 
 
@@ -101,10 +137,24 @@ def test_the_same_command_again_does_nothing(out, capsys):
     before = {path: path.stat().st_mtime_ns for path in (out / "merged").iterdir()}
     main(command)
     main([*command, "--overwrite"])
-    main(["--save_dir", str(out), "--from_weight", str(out / "merged"), "--adapter", str(out / "a"), "--out", str(out / "again")])
+    main(
+        [
+            "--save_dir",
+            str(out),
+            "--from_weight",
+            str(out / "merged"),
+            "--adapter",
+            str(out / "a"),
+            "--out",
+            str(out / "again"),
+        ]
+    )
     said = capsys.readouterr().out
     assert said.count("is that already: nothing to do") == 2 and "a is in" in said
-    assert before == {path: path.stat().st_mtime_ns for path in (out / "merged").iterdir()} and not (out / "again").exists()
+    assert (
+        before == {path: path.stat().st_mtime_ns for path in (out / "merged").iterdir()}
+        and not (out / "again").exists()
+    )
 
 
 def test_a_folder_that_is_there_is_replaced_only_on_demand(out):
@@ -112,19 +162,43 @@ def test_a_folder_that_is_there_is_replaced_only_on_demand(out):
     main([*command, str(out / "a")])
     with pytest.raises(ValueError, match=r"merged is there already.*--overwrite"):
         main([*command, str(out / "b")])
-    torch.testing.assert_close(logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "a"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "a"), rtol=1e-4, atol=1e-5
+    )
     main([*command, str(out / "b"), "--overwrite"])
-    torch.testing.assert_close(logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "b"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "b"), rtol=1e-4, atol=1e-5
+    )
     assert not [path for path in out.iterdir() if path.name.startswith(".merged")]
     (out / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="is the folder of a training run"):
-        main(["--save_dir", str(out), "--adapter", str(out / "a"), "--out", str(out / "run"), "--overwrite"])
+        main(
+            [
+                "--save_dir",
+                str(out),
+                "--adapter",
+                str(out / "a"),
+                "--out",
+                str(out / "run"),
+                "--overwrite",
+            ]
+        )
 
 
-@pytest.mark.parametrize("place, message", [
-    ("thesis", "thesis is there already and holds no merged_adapters.json, so it does not come from here: choose another --out"),
-    ("full_sft_16x1", "full_sft_16x1 holds .*full_sft_16x1, which is merged here"), ("a", "/a holds .*/a, which is merged here"),
-    ("link", "link holds .*full_sft_16x1, which is merged here"), (".", "holds .*full_sft_16x1, which is merged here")])
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        (
+            "thesis",
+            "thesis is there already and holds no merged_adapters.json, so it does not come from "
+            "here: choose another --out",
+        ),
+        ("full_sft_16x1", "full_sft_16x1 holds .*full_sft_16x1, which is merged here"),
+        ("a", "/a holds .*/a, which is merged here"),
+        ("link", "link holds .*full_sft_16x1, which is merged here"),
+        (".", "holds .*full_sft_16x1, which is merged here"),
+    ],
+)
 def test_only_its_own_results_are_replaced(place, message, out):
     (out / "thesis").mkdir()
     (out / "thesis" / "chapter1.tex").write_text("years")
@@ -133,7 +207,17 @@ def test_only_its_own_results_are_replaced(place, message, out):
         (out / folder / "merged_adapters.json").write_text('{"adapters": []}')
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
-        main(["--save_dir", str(out), "--adapter", str(out / "a"), "--out", str(out / place), "--overwrite"])
+        main(
+            [
+                "--save_dir",
+                str(out),
+                "--adapter",
+                str(out / "a"),
+                "--out",
+                str(out / place),
+                "--overwrite",
+            ]
+        )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -152,7 +236,9 @@ def test_a_replacement_that_is_cut_off_loses_nothing(out, monkeypatch):
         main([*command, str(out / "b")])
     assert torch.equal(logits(out / ".merged.old"), first)
     main([*command, str(out / "b")])
-    torch.testing.assert_close(logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "b"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(out / "merged"), unmerged(out / "full_sft_16x1", out / "b"), rtol=1e-4, atol=1e-5
+    )
     assert not [path for path in out.iterdir() if path.name.startswith(".merged")]
 
 
@@ -160,7 +246,16 @@ def test_an_adapter_of_another_network_is_said(out, tmp_path):
     base = tmp_path / "other"
     save_base(base, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     with pytest.warns(UserWarning, match="/a was trained on another network than this"):
-        main(["--from_weight", str(base), "--adapter", str(out / "a"), "--out", str(tmp_path / "merged")])
+        main(
+            [
+                "--from_weight",
+                str(base),
+                "--adapter",
+                str(out / "a"),
+                "--out",
+                str(tmp_path / "merged"),
+            ]
+        )
 
 
 def test_mistakes_are_named_and_leave_nothing(out, tmp_path, capsys):
@@ -169,14 +264,26 @@ def test_mistakes_are_named_and_leave_nothing(out, tmp_path, capsys):
     assert "--adapter is missing" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"nowhere/adapter_config.json cannot be read"):
         main(["--save_dir", str(out), "--adapter", str(out / "a"), "nowhere"])
-    with pytest.raises(ValueError, match=r"a is an adapter, .*merge_lora\.py --from_weight .*full_sft_16x1 --adapter"):
+    with pytest.raises(
+        ValueError,
+        match=r"a is an adapter, .*merge_lora\.py --from_weight .*full_sft_16x1 --adapter",
+    ):
         main(["--save_dir", str(out), "--from_weight", str(out / "a"), "--adapter", str(out / "b")])
     shutil.copytree(out / "a", out / "lora_16x1")
     with pytest.raises(ValueError, match=r"lora_16x1 is an adapter"):
         main(["--save_dir", str(out), "--from_weight", "lora", "--adapter", str(out / "b")])
     save_base(tmp_path / "wide", head_dim=16)
     with pytest.raises(ValueError, match=r"k_proj is \[.*\] in the network"):
-        main(["--save_dir", str(out), "--from_weight", str(tmp_path / "wide"), "--adapter", str(out / "a")])
+        main(
+            [
+                "--save_dir",
+                str(out),
+                "--from_weight",
+                str(tmp_path / "wide"),
+                "--adapter",
+                str(out / "a"),
+            ]
+        )
     assert not [path for path in out.iterdir() if "merged" in path.name]
 
 
@@ -186,5 +293,8 @@ def test_an_adapter_that_taught_to_chat_brings_its_template(tmp_path):
     save_adapter(adapter, base, 1)
     (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")
     main(["--from_weight", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "merged")])
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ messages[0].content }}"
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+        == "{{ messages[0].content }}"
+    )
     assert not AutoTokenizer.from_pretrained(base).chat_template

@@ -1,4 +1,6 @@
-"""The web page, drawn by Streamlit's own test bench: no browser, untrained networks, replies that are made up."""
+"""The web page, drawn by Streamlit's own test bench: no browser, untrained networks, replies that
+are made up.
+"""
 
 import re
 import shutil
@@ -16,23 +18,26 @@ from model.engine import Output
 from scripts import web_demo
 from scripts.web import engines, text
 from scripts.web.conversation import Conversation, Settings, Turn
-from tests.scripts.own_tools import write_tools
-from tests.web_checkpoints import ROOT, make_adapter, make_save_folder, write_metrics
-from trainer.run_folders import find_checkpoints
+from scripts.web.run_folders import find_checkpoints
+from tests.helpers.checkpoints import ROOT
+from tests.helpers.own_tools import write_tools
+from tests.helpers.web_checkpoints import make_adapter, make_save_folder, write_metrics
 
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "27 * 34"}}\n</tool_call>'
 
 
 @pytest.fixture(autouse=True)
 def same_main_module(monkeypatch):
-    """The test bench puts the page in the place of `__main__`, which processes that are started later would run again."""
+    """The test bench puts the page in the place of `__main__`, which processes that are started
+    later would run again.
+    """
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     yield make_save_folder(tmp_path_factory.mktemp("out"))
-    engines._load.clear()  # ends the threads of the engines
+    engines.load_cached.clear()  # ends the threads of the engines
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +46,22 @@ def tokenizer():
 
 
 def web_args(out, **flags):
-    return web_demo.parse_args(web_demo.WebArgs, ["--save_dir", str(out), "--device", "cpu", *flags])
+    return web_demo.parse_args(
+        web_demo.WebArgs, ["--save_dir", str(out), "--device", "cpu", *flags]
+    )
 
 
 def app(monkeypatch, out, page="chat", flags=(), **settings):
     """The page of that name as it looks at first, with these settings."""
-    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--save_dir", str(out), "--device", "cpu", *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["web_demo.py", "--save_dir", str(out), "--device", "cpu", *flags]
+    )
     if page == "chat":
         at = AppTest.from_file(str(ROOT / "scripts/web_demo.py"), default_timeout=20)
     else:
-        at = AppTest.from_function(only_page, kwargs={"name": page, "args": web_args(out)}, default_timeout=20)
+        at = AppTest.from_function(
+            only_page, kwargs={"name": page, "args": web_args(out)}, default_timeout=20
+        )
     for name, value in {"language": "en", "max_tokens": 6, **settings}.items():
         at.session_state[name] = value
     at.run()
@@ -73,8 +84,18 @@ def ask(at, message):
 def shown(at):
     """All text on the page."""
     kinds = (
-        at.title, at.subheader, at.markdown, at.text, at.caption, at.info, at.error, at.code, at.button,
-        at.selectbox, at.multiselect)
+        at.title,
+        at.subheader,
+        at.markdown,
+        at.text,
+        at.caption,
+        at.info,
+        at.error,
+        at.code,
+        at.button,
+        at.selectbox,
+        at.multiselect,
+    )
     return "\n".join(str(getattr(one, "label", "") or one.value) for kind in kinds for one in kind)
 
 
@@ -83,10 +104,17 @@ def progress(at):
 
 
 class FakeEngine:
-    """Writes these replies, a few characters at a time and all before the page looks, and remembers the prompts."""
+    """Writes these replies, a few characters at a time and all before the page looks, and remembers
+    the prompts.
+    """
 
     def __init__(self, *replies, max_len=2048):
-        self.replies, self.prompts, self.params, self.engine = list(replies), [], [], SimpleNamespace(max_len=max_len)
+        self.replies, self.prompts, self.params, self.engine = (
+            list(replies),
+            [],
+            [],
+            SimpleNamespace(max_len=max_len),
+        )
 
     def submit(self, prompt, params, on_output):
         self.prompts.append(prompt)
@@ -107,7 +135,9 @@ class FakeEngine:
 def fake(monkeypatch, tokenizer, *replies, **options):
     """Let every checkpoint answer with these replies; returns the FakeEngine."""
     engine = FakeEngine(*replies, **options)
-    monkeypatch.setattr(engines, "get", lambda run, base, args: engines.Loaded(run.name, engine, tokenizer, True))
+    monkeypatch.setattr(
+        engines, "get", lambda run, base, args: engines.Loaded(run.name, engine, tokenizer, True)
+    )
     return engine
 
 
@@ -115,12 +145,21 @@ def fake(monkeypatch, tokenizer, *replies, **options):
 
 
 def test_every_text_is_there_in_both_languages_with_the_same_fields_and_is_used():
-    fields = lambda value: sorted(name for _, name, _, _ in string.Formatter().parse(value) if name)  # noqa: E731
+    def fields(value):
+        return sorted(name for _, name, _, _ in string.Formatter().parse(value) if name)
+
     for key, (english, chinese) in text.TEXT.items():
         assert english and chinese and fields(english) == fields(chinese), key
-    code = "".join(path.read_text() for path in (ROOT / "scripts/web").glob("*.py") if path.name != "text.py")
+    code = "".join(
+        path.read_text() for path in (ROOT / "scripts/web").glob("*.py") if path.name != "text.py"
+    )
     assert set(re.findall(r"""\bt\(\s*["'](\w+)""", code)) - {"axis_"} <= set(text.TEXT)
-    named = set(re.findall(r"""["'](\w+)["']""", code)) | {"val_loss", "axis_tokens", "axis_time", "axis_steps"}
+    named = set(re.findall(r"""["'](\w+)["']""", code)) | {
+        "val_loss",
+        "axis_tokens",
+        "axis_time",
+        "axis_steps",
+    }
     assert set(text.TEXT) <= named
 
 
@@ -156,12 +195,17 @@ def test_an_answer_comes_with_its_figures_and_can_be_written_again(out, monkeypa
     assert at.title[0].value == "MiniMind"
     ask(at, "hello")
     assert [message.name for message in at.chat_message] == ["user", "assistant"]
-    assert re.search(r"chat_a · \d tokens · [\d,]+ tokens/s · prompt \d+ tokens", at.caption[-1].value)
+    assert re.search(
+        r"chat_a · \d tokens · [\d,]+ tokens/s · prompt \d+ tokens", at.caption[-1].value
+    )
     first = at.session_state["chat"].turns[0]
     at.button(key="regenerate").click().run()
     again = at.session_state["chat"].turns[0]
     assert len(at.session_state["chat"].turns) == 1 and not at.exception
-    assert first.replies[0].request.sampled != again.replies[0].request.sampled and again.attempt == 1
+    assert (
+        first.completions[0].request.sampled != again.completions[0].request.sampled
+        and again.attempt == 1
+    )
     ask(at, "and more")
     assert len(at.chat_message) == 4
     at.sidebar.button[0].click().run()  # a new conversation
@@ -172,7 +216,7 @@ def test_the_same_seed_gives_the_same_answer(out, monkeypatch):
     answers = []
     for _ in range(2):
         at = ask(app(monkeypatch, out, seed=5), "hello")
-        answers.append(at.session_state["chat"].turns[0].replies[0].request.sampled)
+        answers.append(at.session_state["chat"].turns[0].completions[0].request.sampled)
     assert answers[0] == answers[1]
 
 
@@ -183,7 +227,11 @@ def test_all_labels_change_with_the_language(out, monkeypatch):
     chinese = shown(at.run())
     assert "Checkpoint" in english and "模型" in chinese
     for key in ("checkpoint", "tools", "new_chat", "tagline", "try"):
-        assert text.say("en", key) in english and text.say("zh", key) in chinese and text.say("en", key) not in chinese
+        assert (
+            text.translate("en", key) in english
+            and text.translate("zh", key) in chinese
+            and text.translate("en", key) not in chinese
+        )
 
 
 def test_what_was_chosen_stays_when_the_language_changes(out, monkeypatch):
@@ -191,13 +239,21 @@ def test_what_was_chosen_stays_when_the_language_changes(out, monkeypatch):
     at.selectbox(key="picked").set_value("lora_a").run()
     at.segmented_control(key="thinking").set_value("on").run()
     at.segmented_control(key="language").set_value("zh").run()
-    assert at.selectbox(key="picked").value == "lora_a" and at.segmented_control(key="thinking").value == "on"
+    assert (
+        at.selectbox(key="picked").value == "lora_a"
+        and at.segmented_control(key="thinking").value == "on"
+    )
 
 
 def test_checkpoints_adapters_and_pretrained_ones_can_be_picked(out, monkeypatch):
     at = app(monkeypatch, out)
     picker = at.selectbox(key="picked")
-    assert picker.options == ["chat_a", "lora_a · adapter", "more/chat_b", "more/pretrain · continues text"]
+    assert picker.options == [
+        "chat_a",
+        "lora_a · adapter",
+        "more/chat_b",
+        "more/pretrain · continues text",
+    ]
     ask(at, "hello")
     at.selectbox(key="picked").set_value("lora_a").run()
     ask(at, "hello")
@@ -205,7 +261,7 @@ def test_checkpoints_adapters_and_pretrained_ones_can_be_picked(out, monkeypatch
     at.selectbox(key="picked").set_value("more/pretrain").run()
     ask(at, "once")
     turn = at.session_state["chat"].turns[-1]
-    assert turn.replies[0].request.prompt == [0, *turn.loaded.tokenizer("once").input_ids]
+    assert turn.completions[0].request.prompt == [0, *turn.loaded.tokenizer("once").input_ids]
 
 
 def test_an_adapter_that_taught_to_chat_brings_its_template(out, tmp_path):
@@ -215,7 +271,11 @@ def test_an_adapter_that_taught_to_chat_brings_its_template(out, tmp_path):
     (tmp_path / "lora_chat" / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
     runs = {run.name: run for run in find_checkpoints(tmp_path)}
     loaded = {name: engines.get(run, run.base, web_args(tmp_path)) for name, run in runs.items()}
-    assert {name: one.chats for name, one in loaded.items()} == {"lora_chat": True, "lora_raw": False, "pretrain": False}
+    assert {name: one.chats for name, one in loaded.items()} == {
+        "lora_chat": True,
+        "lora_raw": False,
+        "pretrain": False,
+    }
     tokens = loaded["lora_chat"].encode([{"role": "user", "content": "hi"}], None, None)
     assert loaded["lora_chat"].tokenizer.decode(tokens) == "<hi>"
 
@@ -246,7 +306,9 @@ def test_a_tool_that_is_called_is_run_and_its_result_handed_back(out, monkeypatc
     assert [code.value for code in at.code] == ['{"expression": "27 * 34"}', '{"result": 918}']
     assert "27 * 34 = 918." in shown(at)
     assert '"name": "calculator"' in tokenizer.decode(engine.prompts[0])
-    assert '<tool_response>\n{"result": 918}\n</tool_response>' in tokenizer.decode(engine.prompts[1])
+    assert '<tool_response>\n{"result": 918}\n</tool_response>' in tokenizer.decode(
+        engine.prompts[1]
+    )
 
 
 def test_tools_are_not_run_for_ever_nor_without_being_chosen(out, monkeypatch, tokenizer):
@@ -267,8 +329,12 @@ def test_tools_of_the_users_own_file(out, monkeypatch, tokenizer, tmp_path):
     at.multiselect[0].select("multiply")
     at = ask(at, "6 times 7?")
     assert [code.value for code in at.code] == ['{"a": 6, "b": 7}', '{"result": 42}']
-    assert '"multiply"' in tokenizer.decode(engine.prompts[0]) and '{"result": 42}' in tokenizer.decode(engine.prompts[1])
-    path.write_text("broken(")  # while the page is open: it says so, and goes on with the toy world's
+    assert '"multiply"' in tokenizer.decode(
+        engine.prompts[0]
+    ) and '{"result": 42}' in tokenizer.decode(engine.prompts[1])
+    path.write_text(
+        "broken("
+    )  # while the page is open: it says so, and goes on with the toy world's
     at.run()
     assert "SyntaxError" in at.error[0].value and at.multiselect[0].options[-1] == "count_letter"
 
@@ -282,25 +348,52 @@ def test_thinking_is_folded_away(out, monkeypatch, tokenizer):
     engine = fake(monkeypatch, tokenizer, "2 + 7 = 9\n</think>\n\nIt is 19.")
     at = ask(app(monkeypatch, out, thinking="on"), "12 + 7?")
     status = at.status[0]
-    assert status.label == "Thought" and status.markdown[0].value == "2 + 7 = 9" and not status.proto.expanded
+    assert (
+        status.label == "Reasoning"
+        and status.markdown[0].value == "2 + 7 = 9"
+        and not status.proto.expanded
+    )
     assert "It is 19." in [markdown.value for markdown in at.markdown]
     assert tokenizer.decode(engine.prompts[0]).endswith("<think>\n")
 
 
 def test_the_settings_reach_the_engine(out, monkeypatch, tokenizer):
     engine = fake(monkeypatch, tokenizer, "yes")
-    ask(app(monkeypatch, out, temperature=0.3, top_p=0.5, top_k=7, max_tokens=9, seed=4, system="Be kind.", thinking="off"), "?")
+    ask(
+        app(
+            monkeypatch,
+            out,
+            temperature=0.3,
+            top_p=0.5,
+            top_k=7,
+            max_tokens=9,
+            seed=4,
+            system="Be kind.",
+            thinking="off",
+        ),
+        "?",
+    )
     [params] = engine.params
-    assert (params.temperature, params.top_p, params.top_k, params.max_tokens, params.seed) == (0.3, 0.5, 7, 9, 4)
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens, params.seed) == (
+        0.3,
+        0.5,
+        7,
+        9,
+        4,
+    )
     prompt = tokenizer.decode(engine.prompts[0])
-    assert prompt.startswith("<|im_start|>system\nBe kind.") and prompt.endswith("<think>\n\n</think>\n\n")
+    assert prompt.startswith("<|im_start|>system\nBe kind.") and prompt.endswith(
+        "<think>\n\n</think>\n\n"
+    )
 
 
 # ---- conversations without a page
 
 
 def loaded(out, name="chat_a"):
-    return engines.get(next(run for run in find_checkpoints(out) if run.name == name), None, web_args(out))
+    return engines.get(
+        next(run for run in find_checkpoints(out) if run.name == name), None, web_args(out)
+    )
 
 
 def finish(turn):
@@ -321,7 +414,7 @@ def test_a_stopped_answer_keeps_what_there_is_and_frees_the_engine(out):
     talk.ask(one, "again", Settings(max_tokens=3, seed=1))
     finish(talk.turns[1])
     assert talk.turns[1].history[0]["content"] == "hello" and len(talk.turns[1].history) == 2
-    assert talk.turns[0].replies[0].request.finish_reason == "cancelled"
+    assert talk.turns[0].completions[0].request.finish_reason == "cancelled"
 
 
 def test_a_conversation_that_grows_too_long_loses_its_oldest_rounds(tokenizer):
@@ -340,7 +433,7 @@ def test_rounds_left_out_are_counted_once_however_many_replies_a_turn_has(tokeni
     talk.ask(one, "word " * 240, Settings())
     finish(talk.turns[0])
     talk.ask(one, "word " * 30, Settings(tools=("calculator",)))
-    assert finish(talk.turns[1]).num_left_out == 1 and len(talk.turns[1].replies) == 2
+    assert finish(talk.turns[1]).num_left_out == 1 and len(talk.turns[1].completions) == 2
 
 
 def test_a_message_that_is_too_long_by_itself_is_refused_with_the_reason(out):
@@ -361,25 +454,38 @@ def test_only_a_few_checkpoints_stay_loaded(out):
     end = time.monotonic() + 10
     while first.engine.thread.is_alive() and time.monotonic() < end:
         time.sleep(0.02)
-    assert not first.engine.thread.is_alive() and all(one.engine.thread.is_alive() for one in others)
+    assert not first.engine.thread.is_alive() and all(
+        one.engine.thread.is_alive() for one in others
+    )
 
 
 # ---- the other pages
 
 
-def test_two_checkpoints_answer_side_by_side(out, monkeypatch):
+def test_two_checkpoints_are_compared(out, monkeypatch):
     at = ask(app(monkeypatch, out, "compare", right="more/chat_b", seed=2), "hello")
     assert [message.name for message in at.chat_message] == ["user", "assistant", "assistant"]
     figures = [caption.value for caption in at.caption]
-    assert figures[0].startswith("chat_a · 6 tokens") and figures[1].startswith("more/chat_b · 6 tokens")
-    left, right = (at.session_state[f"compare_{side}"].turns[0].replies[0].request.sampled for side in ("left", "right"))
+    assert figures[0].startswith("chat_a · 6 tokens") and figures[1].startswith(
+        "more/chat_b · 6 tokens"
+    )
+    left, right = (
+        at.session_state[f"compare_{side}"].turns[0].completions[0].request.sampled
+        for side in ("left", "right")
+    )
     assert left != right
 
 
 def test_curves_of_the_chosen_runs_are_drawn_and_follow_them(out, monkeypatch):
+    for name in ("chat_a", "more/chat_b"):
+        write_metrics(out / name, 40)  # now: a run that wrote long ago is not running
     at = app(monkeypatch, out, "curves", runs=["chat_a", "more/chat_b"])
     assert [one.value.strip("*") for one in at.markdown if one.value.startswith("**")] == [
-        "Training loss (nats per token)", "Validation (bits per byte)", "Target tokens per second", "Learning rate"]
+        "Training loss (nats per token)",
+        "Validation (bits per byte)",
+        "Target tokens per second",
+        "Learning rate",
+    ]
     assert len(at.get("vega_lite_chart")) == 4
     assert progress(at) == ["step 40 of 100"] * 2 and "running" in shown(at)
     assert "every 2 s" in at.caption[-1].value

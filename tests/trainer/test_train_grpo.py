@@ -1,4 +1,6 @@
-"""GRPO and its family from end to end: two updates by hand, every way to cut a step, resumption, what is learned, mistakes."""
+"""GRPO and its family from end to end: two updates by hand, every way to cut a step, resumption,
+what is learned, mistakes.
+"""
 
 import json
 import math
@@ -8,76 +10,75 @@ import signal
 import pytest
 import torch
 from peft import PeftModel
-from prompt_rows import (
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dataset.chat.format import encode_prompt
+from tests.helpers.prompt_rows import (
     LONGEST,
     MOE,
+    assert_close,
+    assert_same_end,
     folder_of,
+    held_out_rewards,
     log_probs_of,
     logits_of,
     policy_flags,
     record_samples,
+    record_steps,
+    steps,
+    training_state,
+    transcripts,
     worth,
     write_policy,
     write_prompts,
 )
-from ranks import run_ranks
-from safetensors.torch import load_file
-from test_stages import assert_same, figures, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import assert_same, interrupt, metrics, weights
+from trainer import train_grpo
+from trainer.runtime.guard import NonFiniteGuard
 
-from dataset.chat_format import encode_prompt
-from trainer import experience, loop, train_grpo
-from trainer.metrics import read_metrics
-
-CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "cispo": (math.inf, 4.0), "gspo": (3e-4, 4e-4)}
+CLIPS = {
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "cispo": (math.inf, 4.0),
+    "gspo": (3e-4, 4e-4),
+}
 
 
 @pytest.fixture(autouse=True)
 def no_curve(monkeypatch):
-    monkeypatch.setattr("trainer.record.plot_curve", lambda folder: None)
+    monkeypatch.setattr("trainer.runtime.loop.plot_curve", lambda folder: None)
 
 
 @pytest.fixture
 def flags(tmp_path):
-    """flags(**changes) of a short run; moe=True starts from a mixture of experts, flat: so many rows teach nothing."""
+    """flags(**changes) of a short run; moe=True starts from a mixture of experts, flat: number of
+    rows that teach nothing.
+    """
+
     def make(*switches, moe=False, flat=0, **changes):
         start = tmp_path / f"start{moe}"
         write_prompts(tmp_path / "prompts.jsonl", flat=flat)
         if not start.exists():
             write_policy(start, **(MOE if moe else {}))
         return [*policy_flags(tmp_path, start, **changes), *switches]
+
     return make
 
 
-def steps(folder):
-    """The figures of the training steps."""
-    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-
-
-def transcripts(folder):
-    return [json.loads(line) for line in open(folder / "transcripts.jsonl", "rb")]
-
-
-def assert_close(a, b, at_most=1e-4, on_average=1e-6):
-    """Weights within float error: AdamW's first steps enlarge that of gradients near 0."""
-    assert a.keys() == b.keys()
-    for name in a:
-        difference = (a[name] - b[name]).abs()
-        assert difference.max() < at_most and difference.mean() < on_average, name
-
-
 def advantage(sample, group, loss_type):
-    """Of an answer against the others to its prompt."""
+    """Of a completion against the others of its prompt."""
     values = torch.tensor([worth(one.row, one.text) for one in group], dtype=torch.float64)
     centered = worth(sample.row, sample.text) - values.mean()
     return (centered if loss_type == "dr_grpo" else centered / (values.std() + 1e-4)).item()
 
 
-def loss_by_hand(loss_type, answers, kl_weight):
-    """(loss, figures) of (A, log p, log p_old, log p_ref, entropies) of each answer, one by one."""
-    num_tokens, (low, high) = sum(len(one[1]) for one in answers), CLIPS[loss_type]
-    loss, kl, moved, entropy, clipped = 0, 0, 0, 0, 0
-    for A, now, old, ref, entropies in answers:
+def loss_by_hand(loss_type, completions, beta):
+    """(loss, metrics) of (A, log p, log p_old, log p_ref, entropies) of each completion."""
+    num_tokens, (low, high) = sum(len(now) for _, now, *_ in completions), CLIPS[loss_type]
+    loss, kl, approx_kl, entropy, clipped = 0, 0, 0, 0, 0
+    for A, now, old, ref, entropies in completions:
         ratio = (now - old).exp()
         if loss_type == "gspo":
             ratio = (now - old).mean().exp().repeat(len(now))
@@ -86,132 +87,203 @@ def loss_by_hand(loss_type, answers, kl_weight):
         else:
             values = torch.stack([torch.min(r * A, r.clamp(1 - low, 1 + high) * A) for r in ratio])
         k3 = (ref - now).exp() - 1 - (ref - now)
-        share = {"dapo": 1 / num_tokens, "cispo": 1 / num_tokens, "dr_grpo": 1 / (LONGEST * len(answers))}.get(
-            loss_type, 1 / (len(now) * len(answers)))
-        loss = loss + share * (kl_weight * k3 - values).sum()
-        outside = (ratio > 1 + high) if A > 0 or loss_type == "cispo" else (ratio < 1 - low) & (A < 0)
-        kl, moved = kl + k3.sum().item(), moved + ((now - old).exp() - 1 - (now - old)).sum().item()
-        entropy, clipped = entropy + entropies.sum().item(), clipped + int(outside.sum())
-    return loss, {"loss": loss.item(), "kl/reference": kl / num_tokens, "kl/update": moved / num_tokens,
-                  "entropy": entropy / num_tokens, "clip_share": clipped / num_tokens}
+        weight = {
+            "dapo": 1 / num_tokens,
+            "cispo": 1 / num_tokens,
+            "dr_grpo": 1 / (LONGEST * len(completions)),
+        }.get(loss_type, 1 / (len(now) * len(completions)))
+        loss = loss + weight * (beta * k3 - values).sum()
+        outside = (
+            (ratio > 1 + high) if A > 0 or loss_type == "cispo" else (ratio < 1 - low) & (A < 0)
+        )
+        kl += k3.sum().item()
+        approx_kl += ((now - old).exp() - 1 - (now - old)).sum().item()
+        entropy += entropies.sum().item()
+        clipped += int(outside.sum())
+    return loss, {
+        "loss": loss.item(),
+        "kl": kl / num_tokens,
+        "approx_kl": approx_kl / num_tokens,
+        "entropy": entropy / num_tokens,
+        "clip_fraction": clipped / num_tokens,
+    }
 
 
-@pytest.mark.parametrize("loss_type, kl_weight, temperature", [
-    ("grpo", 0.3, 0.7), ("dr_grpo", 0, 1.0), ("dapo", 0.1, 1.0), ("cispo", 0, 0.7), ("gspo", 0, 1.0)])
-def test_two_updates_are_those_of_transformers_network_answer_by_answer(
-        loss_type, kl_weight, temperature, flags, tmp_path, monkeypatch):
-    """In float64, without packing. At the first update all ratios are 1; at the second there is something to clip."""
+@pytest.mark.parametrize(
+    "loss_type, beta, temperature",
+    [
+        ("grpo", 0.3, 0.7),
+        ("dr_grpo", 0, 1.0),
+        ("dapo", 0.1, 1.0),
+        ("cispo", 0, 0.7),
+        ("gspo", 0, 1.0),
+    ],
+)
+def test_two_updates_are_those_of_transformers_network(
+    loss_type, beta, temperature, flags, tmp_path, monkeypatch
+):
+    """In float64, completion by completion. At the first update all ratios are 1; at the second
+    some are clipped.
+    """
     rollouts = record_samples(monkeypatch, train_grpo)
-    train_grpo.main(flags(loss_type=loss_type, kl_weight=kl_weight, temperature=temperature, max_steps=1, update_epochs=2,
-                          num_generations=8, grad_clip=0.5, val_share=0))
-    row, = steps(folder_of(tmp_path / "out"))
-    everything = [worth(one.row, one.text) for rollout in rollouts for one in rollout]
-    groups = [rollout[i : i + 8] for rollout in rollouts for i in range(0, len(rollout), 8)]
+    train_grpo.main(
+        flags(
+            loss_type=loss_type,
+            beta=beta,
+            temperature=temperature,
+            max_steps=1,
+            update_epochs=2,
+            num_generations=8,
+            grad_clip=0.5,
+            val_ratio=0,
+        )
+    )
+    (row,) = steps(folder_of(tmp_path / "out"))
+    every = [one for rollout in rollouts for one in rollout]
+    groups = [every[i : i + 8] for i in range(0, len(every), 8)]
     groups = [group for group in groups if len({worth(one.row, one.text) for one in group}) > 1]
     samples = [one for group in groups for one in group]
-    assert len({len(one.tokens) for one in samples}) > 1 and {one.is_complete for one in samples} == {True, False}
-    policy, reference = (AutoModelForCausalLM.from_pretrained(tmp_path / "startFalse").double() for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+    assert len({len(one.tokens) for one in samples}) > 1
+    assert {one.is_complete for one in samples} == {True, False}
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "startFalse").double() for _ in range(2)
+    )
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0
+    )
     advantages = [advantage(one, group, loss_type) for group in groups for one in group]
     with torch.no_grad():
         ref = [log_probs_of(logits_of(reference, one, temperature), one) for one in samples]
     found = []
     for _ in range(2):
-        answers = []
+        completions = []
         for A, one, theirs in zip(advantages, samples, ref):
             logits = logits_of(policy, one, temperature)
             entropies = torch.distributions.Categorical(logits=logits.detach()).entropy()
-            answers.append((A, log_probs_of(logits, one), theirs, theirs, entropies))
-        loss, numbers = loss_by_hand(loss_type, answers, kl_weight)
+            completions.append((A, log_probs_of(logits, one), theirs, theirs, entropies))
+        loss, numbers = loss_by_hand(loss_type, completions, beta)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5).item()
         optimizer.step()
         found.append(numbers)
-    expected = {name: (found[0][name] + found[1][name]) / 2 for name in found[0] if kl_weight or name != "kl/reference"}
+    expected = {
+        name: (found[0][name] + found[1][name]) / 2 for name in found[0] if beta or name != "kl"
+    }
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert row["grad_norm"] == pytest.approx(norm, rel=2e-3) and row["clip_share"] > 0.001 and norm > 0.5
+    assert (
+        row["grad_norm"] == pytest.approx(norm, rel=2e-3)
+        and row["clip_fraction"] > 0.001
+        and norm > 0.5
+    )
     assert row["targets"] == 2 * sum(len(one.tokens) for one in samples)
-    assert row["reward/total"] == pytest.approx(sum(everything) / len(everything))
+    rewards = [worth(one.row, one.text) for one in every]
+    assert row["reward/total"] == pytest.approx(sum(rewards) / len(rewards))
     assert_close(weights(folder_of(tmp_path / "out")), policy.float().state_dict(), 1e-2, 2e-5)
 
 
+def record_experience(monkeypatch):
+    """A list that gets (the samples that are trained on, their experience) of every step."""
+    seen, minibatches = [], train_grpo.minibatches
+
+    def note(run, samples, experience, pad_id, step):
+        seen.append((samples, experience))
+        return minibatches(run, samples, experience, pad_id, step)
+
+    monkeypatch.setattr(train_grpo, "minibatches", note)
+    return seen
+
+
 @pytest.mark.parametrize("scale", ["batch", "none"])
-def test_rewards_are_scaled_as_asked(scale, flags, tmp_path, monkeypatch):
-    """The advantages that reach the loss, against plain numbers: --scale beats what --loss_type stands for."""
-    seen, micro_batches_of = [], experience.micro_batches_of
-    monkeypatch.setattr(experience, "micro_batches_of", lambda samples, part, columns, *rest: seen.append(
-        (samples, columns["advantages"])) or micro_batches_of(samples, part, columns, *rest))
-    train_grpo.main(flags(scale=scale, max_steps=1, val_share=0, num_generations=2))
-    samples, advantages = seen[0]
+def test_rewards_are_scaled_as_asked(scale, flags, monkeypatch):
+    """The advantages that reach the loss, against plain numbers: --scale_rewards overrides that of
+    --loss_type.
+    """
+    seen = record_experience(monkeypatch)
+    train_grpo.main(flags(scale_rewards=scale, max_steps=1, val_ratio=0, num_generations=2))
+    ((samples, experience),) = seen
     totals = torch.tensor([worth(one.row, one.text) for one in samples]).view(-1, 2)
-    for group, sample, values in zip(totals.repeat_interleave(2, 0), samples, advantages, strict=True):
+    for group, sample, values in zip(
+        totals.repeat_interleave(2, 0), samples, experience["advantages"], strict=True
+    ):
         by = {"batch": totals.std() + 1e-4, "none": 1}[scale]
         expected = (worth(sample.row, sample.text) - group.mean()) / by
         torch.testing.assert_close(values, expected.repeat(len(sample.tokens)))
 
 
-@pytest.mark.parametrize("options", [
-    {"moe": True, "kl_weight": 0.1}, {"num_minibatches": 2, "loss_type": "gspo", "gradient_checkpointing": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moe": True, "beta": 0.1},
+        {"num_minibatches": 2, "loss_type": "gspo", "gradient_checkpointing": 1},
+    ],
+)
 def test_the_update_does_not_depend_on_how_a_step_is_cut(options, flags, tmp_path):
     results = []
     for batch_size in (99, 3, 1):
-        train_grpo.main(flags(**options, save_dir=tmp_path / f"{batch_size}", batch_size=batch_size, max_steps=2, val_share=0))
+        train_grpo.main(
+            flags(
+                **options,
+                save_dir=tmp_path / f"{batch_size}",
+                batch_size=batch_size,
+                max_steps=2,
+                val_ratio=0,
+            )
+        )
         results.append(folder_of(tmp_path / f"{batch_size}"))
     for folder in results[1:]:
         assert_close(weights(folder), weights(results[0]))
         for ours, theirs in zip(steps(folder), steps(results[0]), strict=True):
-            for name in ("loss", "grad_norm", "kl/update", "entropy", "reward/total", "targets"):
+            for name in ("loss", "grad_norm", "approx_kl", "entropy", "reward/total", "targets"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("options", [
-    {"moe": True, "num_prompts": 3, "kl_weight": 0.1, "resample": 1, "flat": 8},
-    {"num_prompts": 1, "num_generations": 2, "lora_rank": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moe": True, "num_prompts": 3, "beta": 0.1, "resample": 1, "flat": 8},
+        {"num_prompts": 1, "num_generations": 2, "lora_rank": 4},
+    ],
+)
 def test_two_ranks_learn_what_one_learns(options, flags, tmp_path):
-    """An odd number of prompts; and a step of a single row, which leaves the second rank nothing to answer or to learn."""
+    """An odd number of prompts; and a step of a single prompt, which leaves the second rank nothing
+    to sample or to learn.
+    """
     options = {**options, "max_steps": 2}
     train_grpo.main(flags(**options, save_dir=tmp_path / "one"))
     run_ranks(2, "grpo", flags(**options, save_dir=tmp_path / "two"))
     one, two = (folder_of(tmp_path / name) for name in ("one", "two"))
-    names = {"loss", "grad_norm", "kl/update", "kl/reference", "reward/total", "degenerate_share", "targets",
-             "val_reward/total/held_out", "expert_load/max", "complete_share"}
-    for ours, theirs in zip(figures(two), figures(one), strict=True):
+    names = {
+        "loss",
+        "grad_norm",
+        "approx_kl",
+        "kl",
+        "reward/total",
+        "frac_reward_zero_std",
+        "targets",
+        "val_reward/total/held_out",
+        "expert_load/max",
+        "completions/finished_ratio",
+    }
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
         assert ours.keys() == theirs.keys()
         for name in names & ours.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
-    assert [(x["step"], x["text"]) for x in transcripts(two)] == [(x["step"], x["text"]) for x in transcripts(one)]
+    assert [(x["step"], x["text"]) for x in transcripts(two)] == [
+        (x["step"], x["text"]) for x in transcripts(one)
+    ]
     if "lora_rank" not in options:
         assert_close(weights(two), weights(one), 5e-4, 2e-6)
     else:
-        (a, b) = (torch.load(x / "checkpoints" / "step-2" / "training_state.pt")["optimizer"]["state"] for x in (one, two))
-        assert a and all(torch.allclose(a[i]["exp_avg"], b[i]["exp_avg"], rtol=1e-3, atol=1e-6) for i in a)
-
-
-def assert_same_end(resumed, whole):
-    """Everything that a run leaves: weights, optimizer, figures, transcripts."""
-    assert figures(resumed) == figures(whole) and len(steps(whole)) == 8
-    assert transcripts(resumed) == transcripts(whole)
-    paths = [folder / "checkpoints" / "step-8" for folder in (resumed, whole)]
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        if (paths[1] / name).exists():
-            assert_same(*(load_file(path / name) for path in paths))
-    ours, theirs = (torch.load(path / "training_state.pt") for path in paths)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        a, b = (training_state(folder, 2)["optimizer"]["state"] for folder in (one, two))
+        assert a and all(
+            torch.allclose(a[i]["exp_avg"], b[i]["exp_avg"], rtol=1e-3, atol=1e-6) for i in a
+        )
 
 
 def cut_in_the_seventh_step(patch, options, flags):
     """As by a failure: the last checkpoint is that of the fourth step."""
-    rate_at = loop.learning_rate_at
-
-    def rate(step, *rest):
-        if step == 6:
-            raise InterruptedError
-        return rate_at(step, *rest)
-
-    patch.setattr(loop, "learning_rate_at", rate)
-    with pytest.raises(InterruptedError):
-        train_grpo.main(flags(**options))
+    interrupt(train_grpo, flags(**options))
     return 4
 
 
@@ -219,10 +291,10 @@ def signal_in_the_sixth_step(patch, options, flags):
     """The step is finished and saved."""
     sample_groups = train_grpo.sample_groups
 
-    def sample(*args):
-        if args[6] == 5:
+    def sample(run, sampler, dataset, items, step, attempt):
+        if step == 5:
             signal.raise_signal(signal.SIGTERM)
-        return sample_groups(*args)
+        return sample_groups(run, sampler, dataset, items, step, attempt)
 
     patch.setattr(train_grpo, "sample_groups", sample)
     with pytest.raises(SystemExit) as end:
@@ -231,7 +303,7 @@ def signal_in_the_sixth_step(patch, options, flags):
     return 6
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path):
+def test_a_run_resumes_with_another_number_of_ranks(flags, tmp_path):
     options = {"num_prompts": 3, "max_steps": 2, "save_interval": 1}
     train_grpo.main(flags(**options, save_dir=tmp_path / "one"))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -240,14 +312,23 @@ def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path):
     run_ranks(2, "grpo", flags("--from_resume", **options, save_dir=tmp_path / "two"))
     assert (two / "checkpoints" / "step-2").is_dir()
     assert_close(weights(two), weights(one), 5e-4, 2e-6)
-    assert [(x["step"], x["text"]) for x in transcripts(two)] == [(x["step"], x["text"]) for x in transcripts(one)]
+    assert [(x["step"], x["text"]) for x in transcripts(two)] == [
+        (x["step"], x["text"]) for x in transcripts(one)
+    ]
 
 
-@pytest.mark.parametrize("stop, options", [
-    (cut_in_the_seventh_step, {"num_minibatches": 2, "update_epochs": 2, "kl_weight": 0.1, "num_workers": 2, "moe": True}),
-    (signal_in_the_sixth_step, {"loss_type": "dapo", "dtype": "bfloat16", "flat": 10}),
-    (cut_in_the_seventh_step, {"resample": 0, "flat": 18}),
-    (cut_in_the_seventh_step, {"lora_rank": 4, "optimizer": "muon"})])
+@pytest.mark.parametrize(
+    "stop, options",
+    [
+        (
+            cut_in_the_seventh_step,
+            {"num_minibatches": 2, "update_epochs": 2, "beta": 0.1, "num_workers": 2, "moe": True},
+        ),
+        (signal_in_the_sixth_step, {"loss_type": "dapo", "dtype": "bfloat16", "flat": 10}),
+        (cut_in_the_seventh_step, {"resample": 0, "flat": 18}),
+        (cut_in_the_seventh_step, {"lora_rank": 4, "optimizer": "muon"}),
+    ],
+)
 def test_an_interrupted_run_resumes_bit_for_bit(stop, options, flags, tmp_path, monkeypatch):
     train_grpo.main(flags(**options, save_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch:
@@ -256,67 +337,82 @@ def test_an_interrupted_run_resumes_bit_for_bit(stop, options, flags, tmp_path, 
     assert max(row["step"] for row in transcripts(folder)) == 6
     with open(folder / "transcripts.jsonl", "a") as file:
         file.write('{"step": 7, "te')  # of a process that was killed while it wrote
-    rate_at, again = loop.learning_rate_at, []
-    monkeypatch.setattr(loop, "learning_rate_at", lambda step, *rest: again.append(step) or rate_at(step, *rest))
+    again = record_steps(monkeypatch, train_grpo)
     train_grpo.main(flags("--from_resume", **options))
     assert again == list(range(saved, 8))
     assert_same_end(folder, whole)
-    shares = [row["degenerate_share"] for row in steps(whole)]
+    fractions = [row["frac_reward_zero_std"] for row in steps(whole)]
+    assert len(fractions) == 8
     if options.get("flat") == 18:
-        assert 1 in shares and min(shares) < 1  # steps with an update and without
+        assert 1 in fractions and min(fractions) < 1  # steps with an update and without
     elif options.get("flat") == 10:
-        assert 0 < max(shares) < 1
+        assert 0 < max(fractions) < 1
 
 
 def test_low_rank_adapters_are_all_that_moves(flags, tmp_path, monkeypatch):
-    """And it is them together with the network that answers are sampled from, and that PEFT reads."""
-    command, rollouts = flags(lora_rank=4, learning_rate=1e-2, kl_weight=0.01, val_share=0, save_interval=7), []
+    """Completions are sampled from the network with them, and PEFT reads the same network."""
+    command = flags(lora_rank=4, learning_rate=1e-2, beta=0.01, val_ratio=0, save_interval=7)
     rollouts = record_samples(monkeypatch, train_grpo)
     before = {path.name: path.read_bytes() for path in (tmp_path / "startFalse").iterdir()}
     train_grpo.main(command)
     folder = folder_of(tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "startFalse").iterdir()} == before
-    assert (folder / "adapter_model.safetensors").is_file() and not list(folder.rglob("model.safetensors"))
+    assert (folder / "adapter_model.safetensors").is_file() and not list(
+        folder.rglob("model.safetensors")
+    )
     rows = steps(folder)
-    assert rows[0]["kl/reference"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl/reference"] > 0.01
-    assert all(row["kl/update"] < 1e-6 for row in rows)  # the sampler's probabilities are those of the network in training
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 0.01
+    assert all(
+        row["approx_kl"] < 1e-6 for row in rows
+    )  # the sampler's probabilities are those of the network in training
     assert rows[-1]["reward/total"] > rows[0]["reward/total"] + 0.1
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "startFalse")
     peft = PeftModel.from_pretrained(base, folder / "checkpoints" / "step-7").eval()
     for sample in rollouts[7]:  # of the eighth step, by the network after the seventh
-        torch.testing.assert_close(sample.old_log_probs, log_probs_of(logits_of(peft, sample), sample).detach(),
-                                   atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            sample.old_log_probs,
+            log_probs_of(logits_of(peft, sample), sample).detach(),
+            atol=1e-3,
+            rtol=1e-3,
+        )
 
 
 @pytest.mark.parametrize("loss_type, dtype", [("grpo", "float32"), ("cispo", "bfloat16")])
 def test_what_is_rewarded_is_learned(loss_type, dtype, flags, tmp_path):
-    """A bandit with a known optimum: eight letters up to m are worth 1, any letters about a half."""
+    """A bandit with a known optimum: eight letters up to m earn 1, any letters about a half."""
     train_grpo.main(flags(loss_type=loss_type, dtype=dtype, max_steps=15, val_interval=15))
     folder = folder_of(tmp_path / "out")
     rewards = [row["reward/total"] for row in steps(folder)]
     assert sum(rewards[:2]) / 2 < 0.6 and sum(rewards[-3:]) / 3 > 0.9
-    first, last = (row["val_reward/total/held_out"] for row in figures(folder) if "val_reward/total/held_out" in row)
+    first, last = held_out_rewards(folder)
     assert first < 0.8 and last > 0.95
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "Qwen3ForCausalLM" and model.dtype == torch.float32
 
 
 def test_without_spread_nothing_is_learned(flags, tmp_path):
-    options = dict(flat=20, max_steps=3, json=tmp_path / "figures.json")
+    options = dict(flat=20, max_steps=3, json=tmp_path / "metrics.json")
     train_grpo.main(flags(**options))
     folder = folder_of(tmp_path / "out")
     assert_same(weights(folder), weights(tmp_path / "startFalse"))
     for row in steps(folder):
-        assert (row["degenerate_share"], row["loss"], row["grad_norm"], row["targets"], row["reward/std"]) == (1, 0, 0, 0, 0)
+        assert (
+            row["frac_reward_zero_std"],
+            row["loss"],
+            row["grad_norm"],
+            row["targets"],
+            row["reward/std"],
+        ) == (1, 0, 0, 0, 0)
         assert row["reward/total"] == 0.5
-    assert len(transcripts(folder)) == 3 * 4 and json.loads((tmp_path / "figures.json").read_text())["degenerate_share"] == 1
+    assert (
+        len(transcripts(folder)) == 3 * 4
+        and json.loads((tmp_path / "metrics.json").read_text())["frac_reward_zero_std"] == 1
+    )
 
 
 def test_other_prompts_are_drawn_in_place_of_groups_without_spread(flags, tmp_path, monkeypatch):
-    rollouts, micro_batches_of, trained = record_samples(monkeypatch, train_grpo), experience.micro_batches_of, []
-    monkeypatch.setattr(experience, "micro_batches_of",
-                        lambda samples, *rest: trained.append(samples) or micro_batches_of(samples, *rest))
-    options = dict(flat=10, max_steps=1, num_prompts=8, val_share=0)
+    rollouts, seen = record_samples(monkeypatch, train_grpo), record_experience(monkeypatch)
+    options = dict(flat=10, max_steps=1, num_prompts=8, val_ratio=0)
     train_grpo.main(flags(**options, resample=3))
     train_grpo.main(flags(**options, save_weight="never"))
     (first, *more), never = rollouts[:-1], rollouts[-1]
@@ -328,25 +424,43 @@ def test_other_prompts_are_drawn_in_place_of_groups_without_spread(flags, tmp_pa
         assert len(groups) == missing
         missing -= sum(len({worth(one.row, one.text) for one in group}) > 1 for group in groups)
     assert missing < 8 - sum(not one.row["flat"] for one in first[::4])
-    assert len(trained[0]) == 4 * (8 - missing) and not any(one.row["flat"] for one in trained[0] + trained[1])
-    shares = {folder.name[:4]: steps(folder)[0]["degenerate_share"] for folder in (tmp_path / "out").iterdir()}
+    (trained, _), (trained_never, _) = seen
+    assert len(trained) == 4 * (8 - missing)
+    assert not any(one.row["flat"] for one in trained + trained_never)
+    fractions = {
+        folder.name: steps(folder)[0]["frac_reward_zero_std"]
+        for folder in (tmp_path / "out").iterdir()
+    }
     num_sampled = sum(map(len, rollouts[:-1]))
-    assert shares == {"grpo": pytest.approx(1 - len(trained[0]) / num_sampled), "neve": 1 - len(trained[1]) / 32}
+    assert fractions == {
+        "grpo_32x2": pytest.approx(1 - len(trained) / num_sampled),
+        "never_32x2": 1 - len(trained_never) / 32,
+    }
 
 
-def test_transcripts_and_held_out_figures_are_of_what_was_answered(flags, tmp_path, monkeypatch):
+def test_transcripts_and_held_out_metrics_are_of_the_samples(flags, tmp_path, monkeypatch):
     rollouts = record_samples(monkeypatch, train_grpo)
-    train_grpo.main(flags(max_steps=5, log_interval=2, num_transcripts=3, val_interval=10, learning_rate=1e-5))
+    train_grpo.main(
+        flags(max_steps=5, log_interval=2, num_transcripts=3, val_interval=10, learning_rate=1e-5)
+    )
     folder = folder_of(tmp_path / "out")
     rows = transcripts(folder)
     assert [row["step"] for row in rows] == [2, 2, 2, 4, 4, 4]
     for row in rows:
-        sample = next(one for one in rollouts[row["step"] - 1] if one.text == row["text"] and one.item == row["item"])
+        sample = next(
+            one
+            for one in rollouts[row["step"] - 1]
+            if one.text == row["text"] and one.item == row["item"]
+        )
         assert row["rewards"]["total"] == pytest.approx(worth(sample.row, row["text"]))
-        assert row["messages"] == [*sample.row["conversations"], {"role": "assistant", "content": row["text"]}]
-    for step, found in ((2, rows[:3]), (4, rows[3:])):  # the worst, one in between, the best
-        totals, everything = [row["rewards"]["total"] for row in found], [one.rewards["total"] for one in rollouts[step - 1]]
-        assert (totals[0], totals[2]) == (min(everything), max(everything)) and totals[0] < totals[1] < totals[2]
+        assert row["messages"] == [
+            *sample.row["conversations"],
+            {"role": "assistant", "content": row["text"]},
+        ]
+    for step, found in ((2, rows[:3]), (4, rows[3:])):
+        worst, middle, best = (row["rewards"]["total"] for row in found)
+        every = [one.rewards["total"] for one in rollouts[step - 1]]
+        assert min(every) == worst < middle < best == max(every)
     train_grpo.main(flags(max_steps=1, num_transcripts=0, save_weight="none"))
     assert not (tmp_path / "out" / "none_32x2" / "transcripts.jsonl").exists()
 
@@ -355,62 +469,87 @@ def test_transcripts_and_held_out_figures_are_of_what_was_answered(flags, tmp_pa
     asked = {json.dumps(one.row) for rollout in rollouts for one in rollout}
     held_out = [row for row in prompts if json.dumps(row) not in asked]
     assert len(held_out) == 4
-    for network, when in ((tmp_path / "startFalse", 0), (folder, 5)):  # a small step: the answers still differ in worth
-        network, values = AutoModelForCausalLM.from_pretrained(network), []
+    # the learning rate is small: the completions still differ in worth
+    for path, found in zip((tmp_path / "startFalse", folder), held_out_rewards(folder)):
+        network, values = AutoModelForCausalLM.from_pretrained(path), []
         for row in held_out:
             ids = torch.tensor([encode_prompt(tokenizer, row["conversations"])])
-            out = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST, do_sample=False)
-            values.append(worth(row, tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)))
-        line = next(row for row in figures(folder) if row["step"] == when and "val_reward/total/held_out" in row)
-        assert line["val_reward/total/held_out"] == pytest.approx(sum(values) / 4) and len(set(values)) > 1
+            out = network.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST, do_sample=False
+            )
+            values.append(
+                worth(row, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+            )
+        assert found == pytest.approx(sum(values) / 4) and len(set(values)) > 1
 
 
 def test_a_run_that_goes_back_takes_back_its_transcripts(flags, tmp_path, monkeypatch):
     """Losses that are not finite from the sixth step on, until the learning rate is halved."""
-    run_type = train_grpo.Run
-    seed, backward, now = run_type.seed, run_type.backward, []
-    monkeypatch.setattr(run_type, "seed", lambda run, step: now.append(step) or seed(run, step))
-    monkeypatch.setattr(run_type, "backward", lambda run, loss: backward(
-        run, loss * float("nan") if now[-1] >= 5 and run.guard.learning_rate_share == 1 else loss))
+    begun, backward = record_steps(monkeypatch, train_grpo), train_grpo.Run.backward
+    went_back, go_back = [], NonFiniteGuard.go_back
+
+    def poisoned(run, loss):
+        backward(run, loss * float("nan") if begun[-1] >= 5 and not went_back else loss)
+
+    monkeypatch.setattr(train_grpo.Run, "backward", poisoned)
+    monkeypatch.setattr(
+        NonFiniteGuard, "go_back", lambda guard: went_back.append(True) or go_back(guard)
+    )
     train_grpo.main(flags(max_bad_steps=2, num_transcripts=1))
-    assert now == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
+    assert begun == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
     folder = folder_of(tmp_path / "out")
-    assert [row["step"] for row in steps(folder)] == [row["step"] for row in transcripts(folder)] == list(range(1, 9))
+    assert [row["step"] for row in steps(folder)] == list(range(1, 9))
+    assert [row["step"] for row in transcripts(folder)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(num_generations=1), "--num_generations 1: an answer is compared with its group's others"),
-    (dict(loss_type="cispo", clip_low=0.1), "--clip_low has no effect with --loss_type cispo"),
-    (dict(clip_high=0), "--clip_high 0.0: give more than 0"), (dict(clip_low=-1), "--clip_low -1.0: give more than 0"),
-    (dict(resample=-1), "--resample -1: give 0 or more"), (dict(temperature=0), "--temperature 0.0: give more than 0"),
-    (dict(max_new_tokens=64), "--max_new_tokens 64 leaves no room for a prompt in --max_seq_len 64"),
-    (dict(accumulation_steps=2), "--accumulation_steps: a step's answers are cut into as many micro-batches"),
-    (dict(dropout=0.1), "--dropout would train on another policy"), (dict(from_weight="none"), "--from_weight none: a network"),
-    (dict(kl_kind="k2"), "--kl_kind has an effect with --kl_weight only"), (dict(kl_kind="k1"), "invalid choice: 'k1'"),
-    (dict(kl_weight=-1), "--kl_weight -1.0: give 0 or more"), (dict(lora_rank=-1), "--lora_rank -1: give 0 or more"),
-    (dict(num_prompts=0), "--num_prompts 0: give more than 0"), (dict(update_epochs=0), "--update_epochs 0: give more than 0"),
-    (dict(inspect=1), "--inspect"),
-    (dict(loss_type="ppo"), "invalid choice: 'ppo'")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(num_generations=1), "--num_generations 1: a completion is compared with its group"),
+        (dict(loss_type="cispo", epsilon=0.1), "--epsilon has no effect with --loss_type cispo"),
+        (dict(epsilon_high=0), "--epsilon_high 0.0: give more than 0"),
+        (dict(epsilon=-1), "--epsilon -1.0: give more than 0"),
+        (dict(resample=-1), "--resample -1: give 0 or more"),
+        (dict(kl_estimator="k1"), "invalid choice: 'k1'"),
+        (dict(loss_type="ppo"), "invalid choice: 'ppo'"),
+    ],
+)
 def test_flags_that_make_no_sense_are_refused(wrong, message, flags, capsys):
     with pytest.raises(SystemExit):
         train_grpo.main(flags(**wrong))
     assert message in capsys.readouterr().err
 
 
-def test_a_loss_type_stands_for_its_flags_unless_they_are_given(flags):
+def test_a_loss_type_decides_its_flags_unless_they_are_given(flags):
     def parse(**changes):
         args = train_grpo.parse_args(train_grpo.GRPOArgs, flags(**changes))
-        return args.clip_low, args.clip_high, args.scale, args.weighting, args.resample
+        return tuple(getattr(args, name) for name in train_grpo.FIELDS)
 
-    assert parse() == (0.2, 0.2, "group", "sequence", 0) and parse(loss_type="dr_grpo")[2:4] == ("none", "constant")
+    assert parse() == (0.2, 0.2, "group", "sequence", 0)
+    assert parse(loss_type="dr_grpo") == (0.2, 0.2, "none", "constant", 0)
     assert parse(loss_type="dapo") == (0.2, 0.28, "group", "token", 2)
-    assert parse(loss_type="dapo", resample=0, scale="batch", clip_high=0.5) == (0.2, 0.5, "batch", "token", 0)
+    assert parse(loss_type="cispo") == (1.0, 4.0, "group", "token", 0)
+    assert parse(loss_type="gspo", resample=3) == (3e-4, 4e-4, "group", "sequence", 3)
+    given = dict(resample=0, scale_rewards="batch", epsilon_high=0.5)
+    assert parse(loss_type="dapo", **given) == (0.2, 0.5, "batch", "token", 0)
+
+
+def test_older_names_of_the_flags_are_known(flags):
+    old = dict(clip_low=0.1, clip_high=0.5, scale="none", weighting="token")
+    args = train_grpo.parse_args(train_grpo.GRPOArgs, flags(**old))
+    found = tuple(getattr(args, name) for name in train_grpo.FIELDS)
+    assert found == (0.1, 0.5, "none", "token", 0)
 
 
 def test_a_row_that_cannot_be_judged_is_named(flags, tmp_path):
-    command = flags(rewards=None, val_share=0)
-    (tmp_path / "prompts.jsonl").write_text('{"conversations": [{"role": "user", "content": "1"}]}\n' * 3)
-    with pytest.raises(ValueError, match=r'prompts.jsonl:1: neither "answer" nor "gt" among the keys .*or --rewards without'):
+    command = flags(rewards=None, val_ratio=0)
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"conversations": [{"role": "user", "content": "1"}]}\n' * 3
+    )
+    with pytest.raises(
+        ValueError,
+        match=r'prompts.jsonl:1: neither "answer" nor "gt" among the keys .*or --rewards without',
+    ):
         train_grpo.main(command)
 
 

@@ -1,4 +1,6 @@
-"""PPO from end to end: two steps by hand, every way to cut one, resumption of both networks, what is learned, mistakes."""
+"""PPO from end to end: two steps by hand, every way to cut one, resumption of both networks, what
+is learned, mistakes.
+"""
 
 import copy
 import json
@@ -6,34 +8,44 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from prompt_rows import (
+from transformers import AutoModelForCausalLM
+
+from model.model_minimind import MiniMindForCausalLM
+from tests.helpers.prompt_rows import (
     MOE,
+    assert_close,
+    assert_same_end,
     folder_of,
+    held_out_rewards,
     log_probs_of,
     logits_of,
     policy_flags,
     record_samples,
+    record_steps,
+    steps,
+    training_state,
+    transcripts,
     worth,
     write_policy,
     write_prompts,
 )
-from ranks import run_ranks
-from test_stages import assert_same, figures, weights
-from test_train_grpo import assert_close, assert_same_end, steps, transcripts
-from transformers import AutoModelForCausalLM
-
-from model.model_minimind import MiniMindForCausalLM
-from trainer import loop, train_ppo
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import assert_same, interrupt, metrics, weights
+from trainer import train_ppo
+from trainer.rl.rollout import Sample
 
 
 @pytest.fixture(autouse=True)
 def no_curve(monkeypatch):
-    monkeypatch.setattr("trainer.record.plot_curve", lambda folder: None)
+    monkeypatch.setattr("trainer.runtime.loop.plot_curve", lambda folder: None)
 
 
 @pytest.fixture
 def flags(tmp_path):
-    """flags(**changes) of a short run of 12 answers a step; moe=True starts from a mixture of experts."""
+    """flags(**changes) of a short run of 12 completions a step; moe=True starts from a mixture of
+    experts.
+    """
+
     def make(*switches, moe=False, flat=0, **changes):
         start = tmp_path / f"start{moe}"
         write_prompts(tmp_path / "prompts.jsonl", flat=flat)
@@ -41,31 +53,42 @@ def flags(tmp_path):
             write_policy(start, **(MOE if moe else {}))
         options = {"num_prompts": 12, "num_generations": 1, "num_minibatches": 2, **changes}
         return [*policy_flags(tmp_path, start, **options), *switches]
+
     return make
 
 
 def extra_state(folder, step):
     """The critic's weights in a checkpoint."""
-    return torch.load(folder / "checkpoints" / f"step-{step}" / "training_state.pt")["extra"]
+    return training_state(folder, step)["extra"]
 
 
-def advantages_by_hand(rewards, values, discount, gae_lambda):
-    """Each token's sum over all that come after it, of one answer."""
+def advantages_by_hand(rewards, values, gamma, gae_lambda):
+    """Each token's sum over all that come after it, of one completion."""
     n = len(rewards)
-    deltas = [rewards[t] + discount * (values[t + 1] if t + 1 < n else 0) - values[t] for t in range(n)]
-    return torch.stack([sum((discount * gae_lambda) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)])
+    deltas = [
+        rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0) - values[t] for t in range(n)
+    ]
+    return torch.stack(
+        [sum((gamma * gae_lambda) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+    )
 
 
 class ByHand:
-    """Policy and critic of transformers' layers in float64, answer by answer, one optimizer for both."""
+    """Policy and critic of transformers' layers in float64, completion by completion, with one
+    optimizer.
+    """
 
     def __init__(self, start, temperature):
-        self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(start).double() for _ in range(2))
+        self.policy, self.reference = (
+            AutoModelForCausalLM.from_pretrained(start).double() for _ in range(2)
+        )
         self.critic, self.value = copy.deepcopy(self.policy.model), torch.nn.Linear(32, 1).double()
         for x in self.value.parameters():
             torch.nn.init.zeros_(x)
         self.parts = torch.nn.ModuleList([self.policy, self.critic, self.value])
-        self.optimizer = torch.optim.AdamW(self.parts.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+        self.optimizer = torch.optim.AdamW(
+            self.parts.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0
+        )
         self.temperature = temperature
 
     def log_probs(self, network, sample):
@@ -76,104 +99,190 @@ class ByHand:
         return self.value(hidden)[len(sample.prompt) - 1 : -1, 0]
 
     @torch.no_grad()
-    def answered(self, samples, kl_weight, discount, gae_lambda):
-        """(log p, values, advantages, returns of each answer, figures), as the step begins."""
+    def judged(self, samples, beta, gamma, gae_lambda):
+        """(log p, values, advantages, returns of each completion, metrics), as the step begins."""
         old = [self.log_probs(self.policy, one) for one in samples]
         divergence = [x - self.log_probs(self.reference, one) for x, one in zip(old, samples)]
-        rewards = [-kl_weight * x for x in divergence]
+        rewards = [-beta * x for x in divergence]
         for x, one in zip(rewards, samples):
             x[-1] += worth(one.row, one.text)
         values = [self.values(one) for one in samples]
-        raw = [advantages_by_hand(x, v, discount, gae_lambda) for x, v in zip(rewards, values)]
+        raw = [advantages_by_hand(x, v, gamma, gae_lambda) for x, v in zip(rewards, values)]
         every, flat = torch.cat(raw), torch.cat(values)
         returns = [a + v for a, v in zip(raw, values)]
         explained = 1 - (torch.cat(returns) - flat).var() / torch.cat(returns).var()
-        return old, values, [(a - every.mean()) / (every.var() + 1e-8).sqrt() for a in raw], returns, {
-            "critic/explained_variance": explained.item(), "critic/value": flat.mean().item(),
-            "kl/reference": torch.cat(divergence).mean().item()}
+        return (
+            old,
+            values,
+            [(a - every.mean()) / (every.var() + 1e-8).sqrt() for a in raw],
+            returns,
+            {
+                "explained_variance": explained.item(),
+                "value/mean": flat.mean().item(),
+                "kl": torch.cat(divergence).mean().item(),
+            },
+        )
 
-    def update(self, samples, old, old_values, advantages, returns, clip, value_clip, value_weight):
-        """One update on all answers: the figures of its beginning."""
-        sums, num_tokens = torch.zeros(5, dtype=torch.float64), sum(len(x) for x in old)
-        for one, before, v_old, A, R in zip(samples, old, old_values, advantages, returns):
+    def update(self, samples, judged, epsilon, cliprange_value, vf_coef):
+        """One update on all completions: (the metrics of its beginning, the gradient's norm)."""
+        sums = dict.fromkeys(("loss", "approx_kl", "entropy", "clip_fraction", "value_loss"), 0)
+        num_tokens = sum(len(one.tokens) for one in samples)
+        for one, before, v_old, A, R in zip(samples, *judged):
             now, v = self.log_probs(self.policy, one), self.values(one)
             ratio = (now - before).exp()
-            policy_loss = torch.max(-ratio * A, -ratio.clamp(1 - clip, 1 + clip) * A).sum()
-            near = torch.maximum(torch.minimum(v, v_old + value_clip), v_old - value_clip)
+            policy_loss = torch.max(-ratio * A, -ratio.clamp(1 - epsilon, 1 + epsilon) * A).sum()
+            near = torch.maximum(torch.minimum(v, v_old + cliprange_value), v_old - cliprange_value)
             value_loss = 0.5 * torch.max((v - R) ** 2, (near - R) ** 2).sum()
-            cut = torch.where(A > 0, ratio > 1 + clip, (ratio < 1 - clip) & (A < 0)).sum()
-            entropy = torch.distributions.Categorical(logits=logits_of(self.policy, one, self.temperature)).entropy().sum()
-            moved = (ratio - 1 - ratio.log()).sum()
-            sums = sums + torch.stack([policy_loss + value_weight * value_loss, moved, entropy, cut, value_loss]) / num_tokens
+            is_cut = torch.where(A > 0, ratio > 1 + epsilon, (ratio < 1 - epsilon) & (A < 0))
+            entropy = (
+                torch.distributions.Categorical(
+                    logits=logits_of(self.policy, one, self.temperature)
+                )
+                .entropy()
+                .sum()
+            )
+            parts = {
+                "loss": policy_loss + vf_coef * value_loss,
+                "approx_kl": (ratio - 1 - ratio.log()).sum(),
+                "entropy": entropy,
+                "clip_fraction": is_cut.sum(),
+                "value_loss": value_loss,
+            }
+            sums = {name: sums[name] + x / num_tokens for name, x in parts.items()}
         self.optimizer.zero_grad()
-        sums[0].backward()
+        sums["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0).item()
         self.optimizer.step()
-        names = ("loss", "kl/update", "entropy", "clip_share", "critic/loss")
-        return dict(zip(names, sums.tolist())), norm
+        return {name: x.item() for name, x in sums.items()}, norm
 
 
-@pytest.mark.parametrize("temperature, discount, gae_lambda, kl_weight", [(1.0, 1.0, 0.95, 0.05), (0.7, 0.9, 0.5, 0.2)])
-def test_two_steps_are_those_of_transformers_networks(temperature, discount, gae_lambda, kl_weight, flags, tmp_path,
-                                                      monkeypatch):
-    """Two updates each. The critic's values begin at 0; both clips cut something; the divergence is there in step two."""
-    rollouts, clips = record_samples(monkeypatch, train_ppo), dict(clip=0.1, value_clip=0.02, value_weight=0.7)
-    train_ppo.main(flags(max_steps=2, num_prompts=20, num_minibatches=1, update_epochs=2, val_share=0, temperature=temperature,
-                         discount=discount, gae_lambda=gae_lambda, kl_weight=kl_weight, **clips))
+@pytest.mark.parametrize(
+    "temperature, judging",
+    [
+        (1.0, dict(gamma=1.0, gae_lambda=0.95, beta=0.05)),
+        (0.7, dict(gamma=0.9, gae_lambda=0.5, beta=0.2)),
+    ],
+)
+def test_two_steps_are_those_of_transformers_networks(
+    temperature, judging, flags, tmp_path, monkeypatch
+):
+    """Two updates each. The critic's values begin at 0; both clips cut something; the divergence is
+    there in step two.
+    """
+    rollouts = record_samples(monkeypatch, train_ppo)
+    clips = dict(epsilon=0.1, cliprange_value=0.02, vf_coef=0.7)
+    train_ppo.main(
+        flags(
+            max_steps=2,
+            num_prompts=20,
+            num_minibatches=1,
+            update_epochs=2,
+            val_ratio=0,
+            temperature=temperature,
+            **judging,
+            **clips,
+        )
+    )
     folder = folder_of(tmp_path / "out")
     assert temperature < 1 or len({len(one.tokens) for one in rollouts[0] + rollouts[1]}) > 1
     hand = ByHand(tmp_path / "startFalse", temperature)
     for row, samples in zip(steps(folder), rollouts, strict=True):
-        *answered, expected = hand.answered(samples, kl_weight, discount, gae_lambda)
-        found = [hand.update(samples, *answered, **clips) for _ in range(2)]
-        expected |= {name: (found[0][0][name] + found[1][0][name]) / 2 for name in found[0][0]}
+        *judged, expected = hand.judged(samples, **judging)
+        first, _ = hand.update(samples, judged, **clips)
+        second, norm = hand.update(samples, judged, **clips)
+        expected |= {name: (first[name] + second[name]) / 2 for name in first}
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=2e-3, abs=2e-5)
-        assert row["grad_norm"] == pytest.approx(found[1][1], rel=5e-3) and row["clip_share"] > 0.01
-        assert row["targets"] == 2 * sum(len(one.tokens) for rollout in rollouts[: row["step"]] for one in rollout)
+        assert row["grad_norm"] == pytest.approx(norm, rel=5e-3) and row["clip_fraction"] > 0.01
+        assert row["targets"] == 2 * sum(
+            len(one.tokens) for rollout in rollouts[: row["step"]] for one in rollout
+        )
     first, second = steps(folder)
-    assert first["critic/explained_variance"] == first["critic/value"] == 0 and second["critic/value"] != 0
-    assert abs(first["kl/reference"]) < 1e-5 < 0.01 < abs(second["kl/reference"])
+    assert first["explained_variance"] == first["value/mean"] == 0 and second["value/mean"] != 0
+    assert abs(first["kl"]) < 1e-5 < 0.01 < abs(second["kl"])
     assert_close(weights(folder), hand.policy.float().state_dict(), 5e-3, 2e-5)
     critic = extra_state(folder, 2)
-    assert_close({name: critic[f"model.{name}"] for name in hand.critic.state_dict()}, hand.critic.float().state_dict(),
-                 5e-3, 2e-5)
-    torch.testing.assert_close(critic["value.weight"], hand.value.weight.detach().float(), rtol=0.02, atol=5e-5)
+    assert_close(
+        {name: critic[f"model.{name}"] for name in hand.critic.state_dict()},
+        hand.critic.float().state_dict(),
+        5e-3,
+        2e-5,
+    )
+    torch.testing.assert_close(
+        critic["value.weight"], hand.value.weight.detach().float(), rtol=0.02, atol=5e-5
+    )
 
 
-@pytest.mark.parametrize("kl_kind", ["k2", "k3"])
-def test_a_token_pays_for_its_divergence_and_the_last_one_earns(kl_kind, flags):
-    args = train_ppo.parse_args(train_ppo.PPOArgs, flags(kl_kind=kl_kind, kl_weight=0.5))
-    assert args.kl_kind == kl_kind
-    sample = type("Sample", (), {"rewards": {"total": 2.0}})
-    assert train_ppo.token_rewards(sample, torch.tensor([0.5, -1.0, 0.25]), args).tolist() == [-0.25, 0.5, 1.875]
-    assert train_ppo.token_rewards(sample, torch.empty(0), args).tolist() == []
+def test_a_token_pays_for_its_divergence_and_the_last_one_earns():
+    """Padded to the longest; a sample without tokens earns nothing."""
+    samples = [
+        Sample({}, [1], [5] * n, [True] * n, [0.0] * n, rewards={"total": reward})
+        for n, reward in ((3, 2.0), (0, 4.0), (1, -1.0))
+    ]
+    kl = torch.tensor([[0.5, -1.0, 0.25], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    assert train_ppo.token_rewards(samples, kl, 0.5).tolist() == [
+        [-0.25, 0.5, 1.875],
+        [0, 0, 0],
+        [-1.5, 0, 0],
+    ]
 
 
-@pytest.mark.parametrize("options", [{"moe": True, "kl_weight": 0.1}, {"gradient_checkpointing": 1, "update_epochs": 1}])
+@pytest.mark.parametrize(
+    "options", [{"moe": True, "beta": 0.1}, {"gradient_checkpointing": 1, "update_epochs": 1}]
+)
 def test_the_update_does_not_depend_on_how_a_step_is_cut(options, flags, tmp_path):
     """The last run computes activations again in backward, too."""
     results = []
     for batch_size in (99, 1):
-        cut = {**options, "gradient_checkpointing": options.get("gradient_checkpointing", 0) if batch_size == 1 else 0}
-        train_ppo.main(flags(**cut, save_dir=tmp_path / f"{batch_size}", batch_size=batch_size, max_steps=2, val_share=0))
+        cut = {
+            **options,
+            "gradient_checkpointing": options.get("gradient_checkpointing", 0)
+            if batch_size == 1
+            else 0,
+        }
+        train_ppo.main(
+            flags(
+                **cut,
+                save_dir=tmp_path / f"{batch_size}",
+                batch_size=batch_size,
+                max_steps=2,
+                val_ratio=0,
+            )
+        )
         results.append(folder_of(tmp_path / f"{batch_size}"))
     assert_close(weights(results[1]), weights(results[0]), 2e-4)
     assert_close(extra_state(results[1], 2), extra_state(results[0], 2), 2e-4)
-    names = ("loss", "grad_norm", "kl/update", "entropy", "reward/total", "targets", "critic/loss", "critic/value")
+    names = (
+        "loss",
+        "grad_norm",
+        "approx_kl",
+        "entropy",
+        "reward/total",
+        "targets",
+        "value_loss",
+        "value/mean",
+    )
     for ours, theirs in zip(steps(results[1]), steps(results[0]), strict=True):
-        assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, rel=1e-3, abs=1e-5)
+        assert {name: ours[name] for name in names} == pytest.approx(
+            {name: theirs[name] for name in names}, rel=1e-3, abs=1e-5
+        )
 
 
-@pytest.mark.parametrize("options", [
-    {"moe": True, "num_prompts": 5, "kl_weight": 0.1, "target_kl": 0.01, "update_epochs": 3},
-    {"num_prompts": 2, "num_minibatches": 4, "lora_rank": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moe": True, "num_prompts": 5, "beta": 0.1, "target_kl": 0.01, "update_epochs": 3},
+        {"num_prompts": 2, "num_minibatches": 4, "lora_rank": 4},
+    ],
+)
 def test_two_ranks_learn_what_one_learns(options, flags, tmp_path):
-    """Updates that end early end on both; and updates of one answer each, which leave the second rank nothing."""
+    """Updates that end early end on both; and updates of one completion each, which leave the
+    second rank nothing.
+    """
     options = {**options, "max_steps": 2}
     train_ppo.main(flags(**options, save_dir=tmp_path / "one"))
     run_ranks(2, "ppo", flags(**options, save_dir=tmp_path / "two"))
     one, two = (folder_of(tmp_path / name) for name in ("one", "two"))
-    for ours, theirs in zip(figures(two), figures(one), strict=True):
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
             if not name.startswith("expert_load"):  # counts the padding too
@@ -182,22 +291,15 @@ def test_two_ranks_learn_what_one_learns(options, flags, tmp_path):
     assert_close(extra_state(two, 2), extra_state(one, 2), 5e-4, 2e-6)
 
 
-@pytest.mark.parametrize("options", [
-    {"kl_weight": 0.1, "dtype": "bfloat16"}, {"lora_rank": 4, "target_kl": 0.003, "optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"beta": 0.1, "dtype": "bfloat16"}, {"lora_rank": 4, "target_kl": 0.003, "optimizer": "muon"}],
+)
 def test_an_interrupted_run_resumes_bit_for_bit(options, flags, tmp_path, monkeypatch):
     """The critic and the optimizer of both networks too."""
     train_ppo.main(flags(**options, save_dir=tmp_path / "whole"))
-    rate_at, again = loop.learning_rate_at, []
-
-    def cut_at_7(step, *rest):
-        if step == 6:
-            raise InterruptedError
-        return rate_at(step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(loop, "learning_rate_at", cut_at_7)
-        train_ppo.main(flags(**options))
-    monkeypatch.setattr(loop, "learning_rate_at", lambda step, *rest: again.append(step) or rate_at(step, *rest))
+    interrupt(train_ppo, flags(**options))
+    again = record_steps(monkeypatch, train_ppo)
     train_ppo.main(flags("--from_resume", **options))
     whole, resumed = folder_of(tmp_path / "whole"), folder_of(tmp_path / "out")
     assert again == [4, 5, 6, 7]
@@ -209,16 +311,18 @@ def test_an_interrupted_run_resumes_bit_for_bit(options, flags, tmp_path, monkey
 
 def test_a_policy_that_has_moved_too_far_ends_the_step(flags, tmp_path):
     """One update of three, and the weights of a run that makes only one."""
-    common = dict(num_minibatches=1, max_steps=3, val_share=0)
+    common = dict(num_minibatches=1, max_steps=3, val_ratio=0)
     train_ppo.main(flags(**common, update_epochs=3, target_kl=1e-9, save_weight="stopped"))
     train_ppo.main(flags(**common, update_epochs=1, save_weight="once"))
     train_ppo.main(flags(**common, update_epochs=3, target_kl=1e9, save_weight="never"))
-    stopped, once, never = (tmp_path / "out" / f"{name}_32x2" for name in ("stopped", "once", "never"))
+    stopped, once, never = (
+        tmp_path / "out" / f"{name}_32x2" for name in ("stopped", "once", "never")
+    )
     assert_same(weights(stopped), weights(once))
     assert_same(extra_state(stopped, 3), extra_state(once, 3))
     assert [row["stopped_early"] for row in steps(stopped)] == [1, 1, 1]
-    assert all(row["kl/last_update"] > 1e-9 for row in steps(stopped))
-    assert all(row["kl/last_update"] < 1e-9 for row in steps(once))
+    assert all(row["approx_kl/last_update"] > 1e-9 for row in steps(stopped))
+    assert all(row["approx_kl/last_update"] < 1e-9 for row in steps(once))
     assert [row["stopped_early"] for row in steps(once) + steps(never)] == [0] * 6
     assert [row["targets"] for row in steps(stopped)] == [row["targets"] for row in steps(once)]
     assert steps(never)[0]["targets"] == 3 * steps(once)[0]["targets"]
@@ -226,17 +330,27 @@ def test_a_policy_that_has_moved_too_far_ends_the_step(flags, tmp_path):
 
 
 def test_what_is_rewarded_is_learned_and_the_critic_learns_what_to_expect(flags, tmp_path):
-    """A bandit with a known optimum: eight letters up to m are worth 1, any letters about a half."""
-    train_ppo.main(flags(dtype="bfloat16", max_steps=15, val_interval=15, num_prompts=16, json=tmp_path / "figures.json"))
+    """A bandit with a known optimum: eight letters up to m earn 1, any letters about a half."""
+    train_ppo.main(
+        flags(
+            dtype="bfloat16",
+            max_steps=15,
+            val_interval=15,
+            num_prompts=16,
+            json=tmp_path / "metrics.json",
+        )
+    )
     folder = folder_of(tmp_path / "out")
     rows = steps(folder)
     rewards = [row["reward/total"] for row in rows]
     assert sum(rewards[:2]) / 2 < 0.65 and sum(rewards[-3:]) / 3 > 0.9
-    assert rows[0]["critic/value"] == 0 and rows[-1]["critic/value"] == pytest.approx(rewards[-1], abs=0.15)
-    assert rows[-1]["critic/loss"] < 0.2 * rows[0]["critic/loss"]
-    first, last = (row["val_reward/total/held_out"] for row in figures(folder) if "val_reward/total/held_out" in row)
+    assert rows[0]["value/mean"] == 0 and rows[-1]["value/mean"] == pytest.approx(
+        rewards[-1], abs=0.15
+    )
+    assert rows[-1]["value_loss"] < 0.2 * rows[0]["value_loss"]
+    first, last = held_out_rewards(folder)
     assert first < 0.8 and last > 0.95
-    assert json.loads((tmp_path / "figures.json").read_text())["val_reward/total/held_out"] == last
+    assert json.loads((tmp_path / "metrics.json").read_text())["val_reward/total/held_out"] == last
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "Qwen3ForCausalLM" and model.dtype == torch.float32
     assert not any("critic" in name or "value" in name for name in weights(folder))
@@ -244,35 +358,61 @@ def test_what_is_rewarded_is_learned_and_the_critic_learns_what_to_expect(flags,
 
 def test_low_rank_adapters_are_all_of_the_policy_that_moves(flags, tmp_path, monkeypatch):
     rollouts = record_samples(monkeypatch, train_ppo)
-    command = flags(lora_rank=4, learning_rate=1e-2, val_share=0, max_steps=5, save_interval=4)
+    command = flags(lora_rank=4, learning_rate=1e-2, val_ratio=0, max_steps=5, save_interval=4)
     before = {path.name: path.read_bytes() for path in (tmp_path / "startFalse").iterdir()}
     train_ppo.main(command)
     folder = folder_of(tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "startFalse").iterdir()} == before
-    assert (folder / "adapter_model.safetensors").is_file() and not list(folder.rglob("model.safetensors"))
+    assert (folder / "adapter_model.safetensors").is_file() and not list(
+        folder.rglob("model.safetensors")
+    )
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "startFalse")
     plain = [log_probs_of(logits_of(base, one), one).detach() for one in rollouts[4]]
     peft = PeftModel.from_pretrained(base, folder / "checkpoints" / "step-4").eval()
     for sample, theirs in zip(rollouts[4], plain):
-        torch.testing.assert_close(sample.old_log_probs, log_probs_of(logits_of(peft, sample), sample).detach(),
-                                   atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            sample.old_log_probs,
+            log_probs_of(logits_of(peft, sample), sample).detach(),
+            atol=1e-3,
+            rtol=1e-3,
+        )
         assert (sample.old_log_probs - theirs).abs().max() > 0.1
     critic = MiniMindForCausalLM.from_pretrained(tmp_path / "startFalse").model.state_dict()
-    moved = [name for name, x in critic.items() if (extra_state(folder, 4).get(f"model.{name}") != x).any()]
+    moved = [
+        name
+        for name, x in critic.items()
+        if (extra_state(folder, 4).get(f"model.{name}") != x).any()
+    ]
     assert len(moved) == len(critic)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(clip=0), "--clip 0.0: give more than 0"), (dict(value_clip=-1), "--value_clip -1.0: give more than 0"),
-    (dict(value_weight=-1), "--value_weight -1.0: give 0 or more"), (dict(target_kl=-1), "--target_kl -1.0: give 0 or more"),
-    (dict(discount=1.1), "--discount 1.1: give a share from 0 to 1"),
-    (dict(gae_lambda=-0.1), "--gae_lambda -0.1: give a share from 0 to 1"),
-    (dict(kl_kind="k3"), "--kl_kind has an effect with --kl_weight only"),
-    (dict(num_minibatches=0), "--num_minibatches 0: give more than 0"), (dict(dropout=0.1), "--dropout would train on another"),
-    (dict(rollout_batch_size=0), "--rollout_batch_size 0: give more than 0"),
-    (dict(num_transcripts=-1), "--num_transcripts -1: give 0 or more"),
-    (dict(overlong_buffer=4), "--overlong_buffer has an effect with the reward overlong only")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(epsilon=0), "--epsilon 0.0: give more than 0"),
+        (dict(cliprange_value=-1), "--cliprange_value -1.0: give more than 0"),
+        (dict(vf_coef=-1), "--vf_coef -1.0: give 0 or more"),
+        (dict(target_kl=-1), "--target_kl -1.0: give 0 or more"),
+        (dict(gamma=1.1), "--gamma 1.1: give a ratio from 0 to 1"),
+        (dict(gae_lambda=-0.1), "--gae_lambda -0.1: give a ratio from 0 to 1"),
+    ],
+)
 def test_flags_that_make_no_sense_are_refused(wrong, message, flags, capsys):
     with pytest.raises(SystemExit):
         train_ppo.main(flags(**wrong))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        dict(clip=0.3, value_clip=0.4, value_weight=0.6, discount=0.9, kl_weight=0.1, kl_kind="k2"),
+        dict(cliprange=0.3, cliprange_value=0.4, gamma=0.9, kl_coef=0.1, kl_estimator="k2"),
+    ],
+)
+def test_other_names_of_the_flags_are_known(old, flags):
+    """Our older ones, and TRL's."""
+    args = train_ppo.parse_args(train_ppo.PPOArgs, flags(**old))
+    assert (args.epsilon, args.cliprange_value, args.gamma) == (0.3, 0.4, 0.9)
+    assert (args.vf_coef, args.beta) == (old.get("value_weight", 0.5), 0.1)
+    assert args.kl_estimator == "k2"

@@ -1,3 +1,5 @@
+"""Training the tokenizer: the same bytes each time, a working folder, mistakes."""
+
 import json
 import os
 import subprocess
@@ -9,35 +11,17 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from dataset.jsonl import read_rows
-from trainer.train_tokenizer import (
-    TokenizerArgs,
-    is_held_out,
-    iter_texts,
-    language,
-    main,
-    num_bytes,
-    row_text,
-    sample_texts,
-)
+from dataset.files.jsonl import read_rows
+from dataset.tokenizer_texts import is_held_out, num_bytes
+from tests.helpers.bilingual import EN, ZH, write_corpus, write_texts
+from trainer.train_tokenizer import main
 
 ROOT = Path(__file__).resolve().parents[2]
-ZH = "小船在河上慢慢地走，孩子们数着岸边的树：一共{}棵。"
-EN = "The small boat moves slowly down the river while the children count {} trees."
-
-
-def write_rows(path, texts):
-    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Four times as much English as Chinese, and a few conversations."""
-    return [
-        write_rows(tmp_path / "zh.jsonl", [ZH.format(i) * 3 for i in range(200)]),
-        write_rows(tmp_path / "en.jsonl", [EN.format(i) * 8 for i in range(250)]),
-    ]
+    return write_corpus(tmp_path)
 
 
 def run(corpus, save_dir, *flags):
@@ -53,33 +37,44 @@ def test_same_text_and_seed_give_the_same_file(corpus, tmp_path):
 
 def test_same_file_from_another_process_with_other_hashes_and_threads(corpus, tmp_path):
     flags = ["--data_path", *corpus, "--save_dir", str(tmp_path / "b"), "--vocab_size", "380"]
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "5"}
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "TOKENIZERS_PARALLELISM": "true",
+        "RAYON_NUM_THREADS": "5",
+    }
     command = [sys.executable, str(ROOT / "trainer" / "train_tokenizer.py"), *flags]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == run(corpus, tmp_path / "a")
 
 
 def test_result_is_a_working_folder(corpus, tmp_path, capsys):
-    run(corpus, tmp_path / "a", "--json", str(tmp_path / "figures.json"))
+    run(corpus, tmp_path / "a", "--json", str(tmp_path / "metrics.json"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert len(tokenizer) == 380
-    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "</think>", "<|reserved_22|>"]) == [0, 2, 8, 31]
+    assert tokenizer.convert_tokens_to_ids(
+        ["<|endoftext|>", "<|im_end|>", "</think>", "<|reserved_22|>"]
+    ) == [0, 2, 8, 31]
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 0, None)
     text = ZH.format(12) + EN.format(34) + "😀"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode(ZH)) < 40 < num_bytes(ZH)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith("<|im_start|>user")
+    assert tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False
+    ).startswith("<|im_start|>user")
 
     shipped = json.loads((ROOT / "model" / "tokenizer.json").read_text(encoding="utf-8"))
     trained = json.loads((tmp_path / "a" / "tokenizer.json").read_text(encoding="utf-8"))
-    assert {key: trained[key] for key in trained if key != "model"} == {key: shipped[key] for key in shipped if key != "model"}
+    assert {key: trained[key] for key in trained if key != "model"} == {
+        key: shipped[key] for key in shipped if key != "model"
+    }
     settings = (tmp_path / "a" / "tokenizer_config.json").read_bytes()
     assert settings == (ROOT / "model" / "tokenizer_config.json").read_bytes()
 
-    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     held_out = [EN.format(i) * 8 for i in range(250) if (i + 1) % 50 == 0]
-    assert figures["vocab_size"] == 380
-    assert figures["held_out"]["en"] == {
+    assert metrics["vocab_size"] == 380
+    assert metrics["held_out"]["en"] == {
         "rows": 5,
         "characters": sum(map(len, held_out)),
         "bytes": sum(map(num_bytes, held_out)),
@@ -88,50 +83,37 @@ def test_result_is_a_working_folder(corpus, tmp_path, capsys):
     assert "held out, en: 5 rows, " in capsys.readouterr().out
 
 
-def test_sample_is_balanced_by_bytes_and_never_holds_held_out_rows(corpus):
-    texts, used = sample_texts(TokenizerArgs(data_path=corpus, sample_mb=100.0))
-    assert used["zh"] == sum(num_bytes(ZH.format(i) * 3) for i in range(200) if (i + 1) % 50), "the scarce one is used whole"
-    assert abs(used["en"] / used["zh"] - 1) < 0.25
-    held_out = {text for _, _, text in iter_texts(corpus, held_out=True)}
-    assert len(held_out) == 4 + 5
-    assert not held_out & set(texts)
-
-    texts, used = sample_texts(TokenizerArgs(data_path=corpus, sample_mb=100.0, balance="none"))
-    assert len(texts) == 450 - 9
-    _, half = sample_texts(TokenizerArgs(data_path=corpus, sample_mb=used.total() / 2e6, balance="none"))
-    assert abs(half.total() / used.total() - 0.5) < 0.1
-
-
-def test_a_share_of_a_file(corpus):
-    texts = [text for _, _, text in iter_texts([corpus[1] + "@0.4"])]
-    assert abs(len(texts) - 0.4 * 245) <= 3
-
-
-def test_one_language_alone_is_used_whole(corpus):
-    texts, used = sample_texts(TokenizerArgs(data_path=corpus[:1], sample_mb=100.0))
-    assert len(texts) == 196 and set(used) == {"zh"}
-
-
 def test_small_text_gives_fewer_entries_and_says_so(tmp_path, capsys):
-    path = write_rows(tmp_path / "a.jsonl", ["aa bb"])
+    path = write_texts(tmp_path / "a.jsonl", ["aa bb"])
     main(["--data_path", path, "--save_dir", str(tmp_path / "t")])
-    assert "warning: --vocab_size 6400 not reached: the text has no pairs left to join after 29" in capsys.readouterr().out
+    assert (
+        "warning: --vocab_size 6400 not reached: the text has no pairs left to join after 29"
+        in capsys.readouterr().out
+    )
     assert 288 < Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json")).get_vocab_size() < 300
 
 
-def test_errors_name_the_row_and_the_way_out(tmp_path):
+def test_errors_name_the_row_and_the_fix(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": 3}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r'b\.jsonl:2: neither "text" nor "conversations"\. Give one of the two'):
+    with pytest.raises(
+        ValueError, match=r'b\.jsonl:2: neither "text" nor "conversations"\. Give one of the two'
+    ):
         main(["--data_path", str(tmp_path / "b.jsonl"), "--save_dir", str(tmp_path)])
-    path = write_rows(tmp_path / "c.jsonl", ["a" * 1000])
-    with pytest.raises(ValueError, match=r"no text to train on in .*c\.jsonl\. Give more data or a larger --sample_mb"):
+    path = write_texts(tmp_path / "c.jsonl", ["a" * 1000])
+    with pytest.raises(
+        ValueError,
+        match=r"no text to train on in .*c\.jsonl\. Give more data or a larger --sample_mb",
+    ):
         main(["--data_path", path, "--save_dir", str(tmp_path), "--sample_mb", "1e-9"])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--vocab_size", "287"], "--vocab_size 287: give room for 32 added tokens and 256 bytes, 288"),
+        (
+            ["--vocab_size", "287"],
+            "--vocab_size 287: give room for 32 added tokens and 256 bytes, 288",
+        ),
         (["--sample_mb", "0"], "--sample_mb 0.0: give more than 0"),
     ],
 )
@@ -142,32 +124,10 @@ def test_flags_out_of_range_are_refused_before_any_file_is_read(flags, message, 
     assert message in capsys.readouterr().err
 
 
-def test_row_text():
-    assert row_text({"text": "a\nb"}) == "a\nb"
-    messages = [
-        {"role": "system", "content": "s", "tools": "[1]"},
-        {"role": "user", "content": "u"},
-        {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [{"name": "查"}]},
-    ]
-    assert row_text({"conversations": messages}) == '[1]\ns\nu\nr\n[{"name": "查"}]'
-    for bad in ({}, {"text": None}, {"conversations": "a"}, {"conversations": ["a"]}):
-        with pytest.raises(ValueError, match="neither"):
-            row_text(bad)
-
-
-def test_language():
-    assert language("用 Linux 的 grep 命令搜索") == "zh"
-    assert language("The character 中 means middle.") == "en"
-    assert language("𠀀𠀁") == "zh"
-    assert language("") == "en"
-
-
-def test_held_out_rows():
-    assert [line_no for line_no in range(1, 151) if is_held_out(line_no)] == [50, 100, 150]
-
-
 def test_shipped_tokenizer_on_real_held_out_text():
-    """The figures of the shipped file, with room for nothing but another corpus: zh over 1.4, en over 2.7 characters."""
+    """Characters per token of the shipped file, with room for another corpus alone: zh over 1.4, en
+    over 2.7.
+    """
     corpora = ROOT.parent / "shared" / "data" / "pretrain"
     if not corpora.is_dir():
         pytest.skip("the real corpora are not here")
@@ -175,5 +135,8 @@ def test_shipped_tokenizer_on_real_held_out_text():
     for name, floor in (("pt_zh_lctt_tech", 1.4), ("pt_en_wiki", 2.7)):
         lines = islice(read_rows(corpora / f"{name}.jsonl.xz"), 1000)
         rows = [row["text"] for line_no, row in lines if is_held_out(line_no)]
-        assert all(tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text for text in rows)
+        assert all(
+            tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+            for text in rows
+        )
         assert sum(map(len, rows)) / sum(len(tokenizer.encode(text).ids) for text in rows) > floor

@@ -1,0 +1,1 @@
+"""Conversations: the template's spans, parsing of replies, tools that are really run."""

@@ -1,0 +1,228 @@
+"""Conversation -> token ids and the mask of the trained ones, through the tokenizer's own chat
+template.
+
+`apply_chat_template` renders a string and tokenizes it, so a user who types `<|im_end|>` ends the
+turn. Here the template's special tokens are kept apart from supplied text: in every supplied
+string, a special token's spelling loses its first character to a stand-in that occurs nowhere in
+the conversation; whatever special spelling is left after rendering is the template's own. On text
+without such spellings the ids equal `apply_chat_template`'s, unless an assistant's message begins
+with a line break: there the generation prompt ends with one, and the model's completion cannot fuse
+with it. `apply_chat_template` fuses the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant", "tool")
+# the compiled template is shared, and holds the spans of the one conversation that it renders
+RENDERING = threading.Lock()
+THINK = re.compile(r"<think>(.*?)</think>\n*(.*)", re.DOTALL)
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | str | None = None
+) -> tuple[list[int], list[bool]]:
+    """Encode a whole conversation.
+
+    Returns (input_ids, is_target), both [T]; is_target marks the template's generation spans: the
+    assistant's reasoning, content, calls and `<|im_end|>`. A span is tokenized by itself, so that
+    its ids follow the ids of `encode_prompt` exactly. ValueError where `check_conversation` finds a
+    fault.
+    """
+    return _render(tokenizer, messages, tools)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    tools: list | str | None = None,
+    enable_thinking: bool | None = None,
+) -> list[int]:
+    """Encode a conversation up to where the assistant writes next: ids [T] that end with the
+    generation prompt.
+
+    enable_thinking: True opens a think block, False writes an empty one, None leaves it to the
+    model. The conversation with the answer begins with these ids, unless the template drops
+    reasoning that one of the two still shows.
+    """
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    return _render(tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
+
+
+def check_conversation(messages: Any, tools: Any = None) -> None:
+    """Raise ValueError "what is wrong. fix" unless the chat template can render the messages."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            "a conversation must be a list of at least one message. Give [{'role': ..., 'content': "
+            "...}]."
+        )
+    _check_tools(tools, "tools")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(
+                f"message {i} is a {type(message).__name__}. Give {{'role': ..., 'content': ...}}."
+            )
+        _check_message(i, message)
+
+
+def _check_message(i: int, message: dict) -> None:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"message {i} has role {role!r}. Use one of {', '.join(ROLES)}.")
+    calls = _json_list(message.get("tool_calls"), f"message {i}: tool_calls")
+    if calls and role != "assistant":
+        raise ValueError(f"message {i}: tool_calls on role {role}. Only the assistant calls tools.")
+    for n, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"message {i}: tool_calls[{n}] has no name. Give {{'name': ..., 'arguments': "
+                f"{{...}}}}."
+            )
+        if not isinstance(function.get("arguments"), dict | str | None):
+            raise ValueError(
+                f"message {i}: tool_calls[{n}] has arguments of another type. Give an object."
+            )
+    if _check_tools(message.get("tools"), f"message {i}: tools") and (role != "system" or i > 0):
+        raise ValueError(
+            f"message {i}: tools on role {role}. Put them on a system message that comes first."
+        )
+    if not isinstance(content, str) and not (content is None and calls):
+        raise ValueError(
+            f"message {i} ({role}) has content of type {type(content).__name__}. Give a string."
+        )
+    if not isinstance(message.get("reasoning_content"), str | None):
+        raise ValueError(
+            f"message {i}: reasoning_content is no string. Give a string, or leave it out."
+        )
+
+
+def _check_tools(value: Any, name: str) -> list:
+    tools = _json_list(value, name)
+    for n, tool in enumerate(tools):
+        if not isinstance(tool, dict | str):
+            raise ValueError(
+                f"{name}[{n}] is a {type(tool).__name__}. Give the function's JSON schema as an "
+                "object."
+            )
+    return tools
+
+
+def _json_list(value: Any, name: str) -> list:
+    """Return a list that is given as it is, as JSON, or as nothing (None, "", "[]", "null")."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{name}: not JSON ({error.msg} at character {error.pos}). Give a list."
+            ) from error
+    if not isinstance(value, list | None):
+        raise ValueError(
+            f"{name}: a {type(value).__name__}. Give a list, or a JSON string of a list."
+        )
+    return value or []
+
+
+def normalize_conversation(
+    messages: list[dict], tools: list | str | None = None
+) -> tuple[list[dict], list | None]:
+    """Return (messages, tools) as the template wants them: JSON lists parsed, think blocks in a
+    field of their own.
+
+    Assistant content that begins with `<think>...</think>` becomes reasoning_content and content.
+    """
+    tools = _json_list(tools, "tools") or None
+    return [_normalize_message(message) for message in messages], tools
+
+
+def _normalize_message(message: dict) -> dict:
+    message = {key: value for key, value in message.items() if value is not None}
+    for key in ("tools", "tool_calls"):
+        if key in message:
+            message[key] = _json_list(message[key], key)
+    if message["role"] == "assistant" and "reasoning_content" not in message:
+        if think := THINK.fullmatch(message.get("content", "")):
+            message["reasoning_content"], message["content"] = think[1], think[2]
+    return message
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | str | None, **options
+) -> tuple[list[int], list[bool]]:
+    """Render a conversation and encode it, cut at the generation spans: (input_ids, is_target)."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # heavy
+
+    check_conversation(messages, tools)
+    messages, tools = normalize_conversation(messages, tools)
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    pattern = _special_pattern(tuple(special))
+    stand_in = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
+
+    def hide(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda match: stand_in + match[0][1:], value)
+        if isinstance(value, list):
+            return [hide(item) for item in value]
+        if isinstance(value, dict):
+            return {hide(key): hide(item) for key, item in value.items()}
+        return value
+
+    with RENDERING:
+        rendered, spans = render_jinja_template(
+            conversations=[hide(messages)],
+            tools=hide(tools),
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **options,
+        )
+    plain = plain_encoder(tokenizer)
+
+    def encode(piece: str) -> list[int]:
+        ids = []
+        for part in pattern.split(piece):
+            is_special = part in special
+            ids += [special[part]] if is_special else plain.encode(part.replace(stand_in, "<")).ids
+        return ids
+
+    text, position = rendered[0], 0
+    input_ids, is_target = [], []
+    for start, end in [*spans[0], (len(text), len(text))]:
+        for piece, trained in ((text[position:start], False), (text[start:end], True)):
+            ids = encode(piece)
+            input_ids += ids
+            is_target += [trained] * len(ids)
+        position = end
+    return input_ids, is_target
+
+
+@lru_cache
+def _special_pattern(spellings: tuple[str, ...]) -> re.Pattern:
+    assert all(spelling[0] == "<" for spelling in spellings), "the stand-in takes the place of '<'"
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+
+def _unused_character(text: str) -> str:
+    used = set(text)  # E000: private use begins
+    return next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
+
+
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return the same byte-level BPE without added tokens: to it `<|im_end|>` is ten characters of
+    text.
+    """
+    full = tokenizer.backend_tokenizer
+    plain = Tokenizer(full.model)  # shares the vocabulary, copies nothing
+    plain.pre_tokenizer = full.pre_tokenizer
+    return plain

@@ -1,0 +1,1 @@
+"""Files: rows of JSON Lines, atomic writes, hashes, worker processes."""

@@ -1,0 +1,1 @@
+"""Download, convert, clean and de-duplicate corpora."""

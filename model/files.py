@@ -1,0 +1,73 @@
+"""Files on disk: replaced in one move, flushed, hashed. Imports nothing heavy."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def writing(path: str | Path, then: str = "") -> Iterator[None]:
+    """Around code that writes to `path`: an OSError becomes one that names the file and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"could not write {path} ({error.strerror or error}): make room on the disk, or give "
+            f"back the right to write there{then}"
+        ) from error
+
+
+def replace_file(
+    path: str | Path, write: Callable[[Path], object], then: str = "; the old file is untouched"
+) -> None:
+    """Call `write(temporary path)`, then put the result in place of `path` in one move.
+
+    Nobody ever sees a half-written file. If that fails (a full disk, a missing right), OSError that
+    names the path and ends with `then`; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path, then):
+            try:
+                write(temporary)
+            except (OSError, TypeError, ValueError):
+                raise
+            except Exception as error:  # a library's own, as SafetensorError for a full disk
+                raise OSError(str(error)) from error
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
+            flush(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_json(path: str | Path, content: dict) -> None:
+    """`replace_file` with JSON."""
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or a folder's names, onto the disk: a rename must not overtake the data."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

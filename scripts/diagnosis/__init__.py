@@ -1,0 +1,1 @@
+"""The parts of scripts/doctor.py: the machine, and the estimates for the presets."""

@@ -1,0 +1,1 @@
+"""The stages that scripts/evaluate_stages.py measures."""

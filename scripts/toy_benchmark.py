@@ -1,0 +1,85 @@
+"""A model answers questions of the toy world: in batches, greedily or sampled."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dataset.chat.format import encode_prompt
+from dataset.toy.scorer import Question, ask_all
+from model.engine import Engine
+from model.model_minimind import MiniMindForCausalLM
+from model.sampling import SamplingParams
+from trainer.runtime.process import Compute
+
+CompleteAll = Callable[[list[tuple[list[dict], list | None]]], list[str]]
+MAX_LEN = 4096  # tokens of the toy world's longest kind of question, its completion, and room
+
+
+def evaluation_engine(
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Compute,
+    max_batch_size: int = 64,
+) -> Engine:
+    """An Engine that measures `model`, in the run's arithmetic."""
+    max_len = min(MAX_LEN, model.config.max_position_embeddings)
+    return Engine(model, tokenizer, max_batch_size, max_len, run.dtype)
+
+
+def greedy_texts(engine: Engine, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations, as text, of prompts given as token ids."""
+    params = SamplingParams(temperature=0, max_tokens=max_new_tokens)
+    return [request.text for request in engine.generate(prompts, params)]
+
+
+def completer(
+    engine: Engine,
+    enable_thinking: bool | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> CompleteAll:
+    """A function from [(messages, tools)] to their completions as text, for dataset.toy.scorer.
+
+    temperature: 0 decodes greedily; above 0 completions are sampled, each with its own seed.
+    """
+
+    def complete(requests):
+        prompts = [
+            encode_prompt(engine.tokenizer, messages, tools, enable_thinking)
+            for messages, tools in requests
+        ]
+        if temperature:
+            params = [
+                SamplingParams(temperature, max_tokens=max_new_tokens, seed=seed * 100_000 + i)
+                for i in range(len(prompts))
+            ]
+            texts = [request.text for request in engine.generate(prompts, params)]
+        else:
+            texts = greedy_texts(engine, prompts, max_new_tokens)
+        # the prompt opened the think block: reasoning that never ends is no answer
+        opened = "<think>\n" if enable_thinking else ""
+        return [opened + text for text in texts]
+
+    return complete
+
+
+def toy_answers(
+    engine: Engine, questions: Sequence[Question], **options: Any
+) -> list[tuple[Question, bool]]:
+    """Ask a model questions: [(question, answered rightly)]; options: those of `completer`."""
+    return ask_all(questions, completer(engine, **options))
+
+
+def print_conversation(messages: list[dict]) -> None:
+    """Print messages, reasoning and calls included."""
+    for message in messages:
+        if message.get("reasoning_content"):
+            print(f"  {message['role']} thinks: {message['reasoning_content']}")
+        for call in message.get("tool_calls") or ():
+            arguments = json.dumps(call["arguments"], ensure_ascii=False)
+            print(f"  {message['role']} calls: {call['name']}({arguments})")
+        if message["content"]:
+            print(f"  {message['role']}: {message['content'].strip()}")

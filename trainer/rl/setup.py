@@ -1,0 +1,89 @@
+"""The set-up of a stage of reinforcement learning: the policy, its prompts, and its sampler's
+source.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dataset.files.hashes import fingerprint
+from dataset.prompt_dataset import PromptDataset, PromptSteps
+from model.model_lora import AdapterOnly, LoRASettings, add_adapter
+from model.model_minimind import MiniMindForCausalLM
+from model.native_format import network_sha256
+from trainer.rl.arguments import reward_weights
+from trainer.rl.rewards import check_row
+from trainer.rl.rollout import Rollout
+from trainer.runtime.arguments import ROOT
+from trainer.runtime.data import split_validation, use_toy_world
+from trainer.runtime.run import Run
+from trainer.runtime.weights import find_weight, load_model
+
+
+def load_policy(
+    run: Run,
+) -> tuple[MiniMindForCausalLM, Any, PreTrainedTokenizerBase, MiniMindForCausalLM | None]:
+    """(network to train, the part of it that a checkpoint saves, tokenizer, reference or None).
+
+    The reference, with --beta, is a frozen copy. With --lora_rank the network's weights are frozen,
+    and the checkpoint is the adapter.
+    """
+    args = run.args
+    base = find_weight(args.from_weight, args, run.device).resolve()
+    model, tokenizer = load_model(run)
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.beta else None
+    if not args.lora_rank:
+        return model, model, tokenizer, reference
+    settings = LoRASettings(args.lora_rank, 2.0 * args.lora_rank)
+    add_adapter(model, settings)
+    base = base.relative_to(ROOT) if base.is_relative_to(ROOT) else base
+    return model, AdapterOnly(model, settings, base), tokenizer, reference
+
+
+def open_prompts(
+    run: Run, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, toy_name: str = "rl"
+) -> tuple[PromptDataset, dict[str, PromptDataset], str]:
+    """(training prompts, {name: held-out ones}, fingerprint of these and of the initial weights).
+
+    Of --data_path, or of the toy world's part `toy_name`.
+    """
+    args, names = run.args, reward_weights(run.args)
+    use_toy_world(run, [f"{toy_name}_train.jsonl"], f"{toy_name}_heldout.jsonl")
+
+    def build(paths: list[str]) -> PromptDataset:
+        return PromptDataset(
+            paths,
+            tokenizer,
+            args.max_seq_len - args.max_completion_length,
+            bad_rows=args.bad_rows,
+            enable_thinking=args.thinking,
+            check=lambda row: check_row(row, names),
+        )
+
+    dataset = build(args.data_path)
+    run.print0(dataset.report)
+    training, held_out = split_validation(run, dataset, build)
+    start = run.ranks.from_main(lambda: network_sha256(model))
+    return training, held_out, fingerprint(data=training.fingerprint, start=start)
+
+
+def prompt_steps(run: Run, dataset: PromptDataset) -> PromptSteps:
+    """The steps of a run: which prompts each of them has."""
+    args = run.args
+    return PromptSteps(len(dataset), args.num_prompts, args.seed, args.epochs, args.max_steps)
+
+
+def open_rollout(
+    run: Run, model: torch.nn.Module, saved: Any, tokenizer: PreTrainedTokenizerBase
+) -> Rollout:
+    """What samples: this process, or the server of --rollout_url.
+
+    saved: as `load_policy` gives it.
+    """
+    if not run.args.rollout_url:
+        return Rollout(run, model, tokenizer)
+    from trainer.rl.remote_rollout import RemoteRollout  # its httpx is needed here alone
+
+    return RemoteRollout(run, model, saved, tokenizer)

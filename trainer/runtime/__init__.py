@@ -1,0 +1,1 @@
+"""What every stage runs on: arguments, devices and ranks, checkpoints, guard, log, optimizers."""

@@ -1,0 +1,190 @@
+"""Typed dataclasses as command lines: a field is a flag, with its help and its default.
+
+Imports nothing heavy: `--help` and mistakes in the flags answer before torch is loaded.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def arg(
+    default: Any,
+    help: str,
+    choices: list | None = None,
+    nargs: str | None = None,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that is also a flag; a list default is copied for each instance.
+
+    aliases: other names that the flag is known by, without dashes. They are accepted and hidden; a
+    dataclass that overrides the field inherits them.
+    """
+    metadata = {"help": help, "choices": choices, "nargs": nargs, "aliases": aliases}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse_bool(text: str) -> bool:
+    """True or False from 1, true, yes, on and their opposites."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither yes nor no: write 1 or 0, or only the flag"
+    )
+
+
+def aliases_of(cls: type) -> dict[str, tuple[str, ...]]:
+    """{flag: its other names} of a dataclass, with those that its base classes gave."""
+    found: dict[str, tuple[str, ...]] = {}
+    for base in reversed(cls.__mro__):
+        for one in base.__dict__.get("__dataclass_fields__", {}).values():
+            found[one.name] = tuple(
+                dict.fromkeys([*found.get(one.name, ()), *one.metadata.get("aliases", ())])
+            )
+    names = {one.name for one in dataclasses.fields(cls)}
+    return {name: tuple(x for x in found[name] if x not in names) for name in names}
+
+
+def with_new_names(cls: type, arguments: dict) -> dict:
+    """The arguments that an older version wrote, under the names that the flags have now."""
+    new = {alias: name for name, aliases in aliases_of(cls).items() for alias in aliases}
+    return {new.get(name, name): value for name, value in arguments.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes an abbreviation that fits several names of one flag."""
+
+    def _get_option_tuples(self, option_string):
+        found = super()._get_option_tuples(option_string)
+        return found[:1] if len({action.dest for action, *_ in found}) == 1 else found
+
+
+class _Store(argparse.Action):
+    """Stores a value; an error if the same flag was given before under another name."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        names = namespace.__dict__.setdefault("_names", {})
+        before = names.setdefault(self.dest, option_string)
+        if before != option_string:
+            parser.error(f"{before} and {option_string} are the same flag: leave one of them out")
+        setattr(namespace, self.dest, values)
+
+
+def parse_args(cls: type, argv: Sequence[str] | None = None) -> Any:
+    """Fill the dataclass `cls` from the command line (default: this process's), then `check()` it.
+
+    Switches work as `--flag`, `--flag 1` and `--flag 0`. `given` on the result is the set of flags
+    that were written. A mistake, in the syntax or found by `check` (ValueError), ends the program
+    with status 2 and says what to change.
+    """
+    parser = _Parser(
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...]   (--help lists the flags)",
+    )
+    hints, aliases = typing.get_type_hints(cls), aliases_of(cls)
+    for one in dataclasses.fields(cls):
+        kind = hints[one.name]
+        options = {"choices": one.metadata["choices"], "dest": one.name, "action": _Store}
+        if isinstance(kind, types.UnionType):  # int | None: the flag takes an int
+            kind = next(part for part in kind.__args__ if part is not type(None))
+        if kind is bool:
+            kind, options = parse_bool, options | {"nargs": "?", "const": True}
+        elif one.metadata["nargs"]:
+            kind, options = kind.__args__[0], options | {"nargs": one.metadata["nargs"]}
+        options |= {"type": kind, "default": argparse.SUPPRESS}
+        parser.add_argument(f"--{one.name}", help=_help(one), **options)
+        for alias in aliases[one.name]:
+            parser.add_argument(f"--{alias}", help=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(argv))
+    given.pop("_names", None)
+    args = cls(**given)
+    args.given = set(given)
+    try:
+        getattr(args, "check", lambda: None)()
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _help(one: dataclasses.Field) -> str:
+    default = one.default if one.default is not MISSING else one.default_factory()
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    note = "" if shown in (None, "") else f" (default: {shown})"
+    return (one.metadata["help"] + note).replace("%", "%%").replace(f"{ROOT}/", "")
+
+
+def check_flags(cls: type, module_name: str) -> None:
+    """Parse the command line at once if the module of that name runs as the program.
+
+    A script calls it before its heavy imports: `--help` and mistakes then answer immediately.
+    """
+    if module_name == "__main__":
+        parse_args(cls)
+
+
+def check_positive(args: Any, *names: str) -> None:
+    """ValueError unless each of these flags is above 0, or None."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: give more than 0")
+
+
+def check_not_negative(args: Any, *names: str) -> None:
+    """ValueError unless each of these flags is 0 or more, or None."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: give 0 or more")
+
+
+def check_ratio(args: Any, *names: str) -> None:
+    """ValueError unless each of these flags is a ratio from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a ratio from 0 to 1")
+
+
+def check_installed(flag: str, package: str, wanted: str | None = None) -> None:
+    """ValueError unless the package that the flag needs is there; wanted: what to give pip.
+
+    Imports nothing.
+    """
+    known = (
+        sys.modules.get(package) if package in sys.modules else importlib.util.find_spec(package)
+    )
+    if known is None:
+        raise ValueError(
+            f"{flag} needs a package that is not installed: "
+            f"python -m pip install {wanted or package}"
+        )
+
+
+def command(main: Callable[[], object]) -> None:
+    """Run `main()` as a program: a user's mistake ends it with one line, a bug with a traceback.
+
+    The user's mistakes are the errors that this project raises itself: ValueError, OSError,
+    ImportError, FloatingPointError and MemoryError with a message of ours.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: everything saved is intact; --from_resume resumes a training run")
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:
+            raise
+        sys.exit(f"error: {error}")

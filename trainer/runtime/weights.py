@@ -1,0 +1,179 @@
+"""The network that a stage starts from: a preset, a run's name, a checkpoint folder, a .pth."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from model.adapter_format import read_adapter_config
+from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
+from trainer.runtime.arguments import ROOT
+from trainer.runtime.run import Run
+from trainer.runtime.run_folder import open_run_folder, shape_name
+
+SHAPE_FLAGS = {"preset", "hidden_size", "num_hidden_layers", "use_moe"}
+
+
+def load_model(run: Run, chat: bool = True) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
+    """`load_network` for a training run, whose folder is opened; its name has the shape in it."""
+    model, tokenizer = load_network(run.args, run.device, chat)
+    open_run_folder(run, model.config)
+    return model, tokenizer
+
+
+def load_network(
+    args: Any, device: torch.device, chat: bool = True
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
+    """(model in float32 on `device`, tokenizer) by --from_weight, --preset and the shape flags.
+
+    chat=False: without a chat template, the sign of a checkpoint that only continues text.
+    ValueError if the checkpoint is missing or damaged, has another shape than the flags say, or a
+    tokenizer with another vocabulary.
+    """
+    if args.from_weight == "none":
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
+        model = MiniMindForCausalLM(config_from_args(args, device, len(tokenizer)))
+    else:
+        model, tokenizer = read_weight(args.from_weight, args, device)
+    model.config.dropout = args.dropout  # of the training: no checkpoint holds it
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = template if chat else None
+    return model.to(device).train(), tokenizer
+
+
+def read_weight(
+    name: str, args: Any, device: torch.device
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
+    """(model, tokenizer) of an existing checkpoint: a run's name in args.save_dir, a folder, or a
+    .pth file.
+    """
+    source = find_weight(name, args, device)
+    folder = source if (source / "tokenizer.json").is_file() else ROOT / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if source.suffix == ".pth":
+        model = MiniMindForCausalLM.from_pth(source, legacy_config(args, device, len(tokenizer)))
+    else:
+        model = MiniMindForCausalLM.from_pretrained(source)
+        if SHAPE_FLAGS & args.given:
+            asked = config_from_args(args, device, len(tokenizer))
+            if shape_name(asked) != shape_name(model.config):
+                flags = " ".join(f"--{name}" for name in sorted(SHAPE_FLAGS & args.given))
+                raise ValueError(
+                    f"{source} is a {shape_name(model.config)}, but {flags} "
+                    f"ask for a {shape_name(asked)}: the checkpoint decides the shape, leave them "
+                    "out"
+                )
+    check_vocabulary(model, tokenizer, folder)
+    return model, tokenizer
+
+
+def check_vocabulary(
+    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """ValueError unless every token id of `tokenizer` has a row of the embedding matrix and the
+    other way round.
+    """
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} entries, the network "
+            f"{model.config.vocab_size}; use the tokenizer that the network was trained with"
+        )
+
+
+def config_from_args(args: Any, device: torch.device, vocab_size: int) -> MiniMindConfig:
+    """MiniMindConfig of --preset with --hidden_size, --num_hidden_layers and --use_moe in place of
+    the preset's.
+    """
+    preset = args.preset or ("minimind-3" if device.type == "cuda" else "tiny")
+    changes = {"vocab_size": vocab_size}
+    if args.num_hidden_layers:
+        changes["num_hidden_layers"] = args.num_hidden_layers
+    if args.hidden_size and args.hidden_size != PRESETS[preset]["hidden_size"]:
+        feed_forward = (
+            -(-args.hidden_size * 8 // (3 * 64)) * 64
+        )  # 8/3 of the width, in whole 64s, as Llama has it
+        changes |= {"hidden_size": args.hidden_size, "intermediate_size": feed_forward}
+    if args.use_moe:
+        twin = PRESETS["minimind-3-moe" if PRESETS[preset].get("qk_norm") else "minimind2-moe"]
+        changes |= {
+            name: twin[name]
+            for name in ("num_experts", "num_experts_per_tok", "norm_topk_prob")
+            if name in twin
+        }
+        if "shared_expert_intermediate_size" in twin:
+            changes["shared_expert_intermediate_size"] = changes.get(
+                "intermediate_size", PRESETS[preset]["intermediate_size"]
+            )
+    return MiniMindConfig.from_preset(preset, **changes)
+
+
+def legacy_config(args: Any, device: torch.device, vocab_size: int) -> MiniMindConfig:
+    """The shape of a .pth file; what older files of this family had otherwise than our presets has
+    no trace in them.
+    """
+    config = config_from_args(args, device, vocab_size)
+    if config.qk_norm:
+        config.norm_topk_prob = True  # their top-1 weight is the constant 1
+    else:
+        config.rms_norm_eps = 1e-5
+    return config
+
+
+def find_weight(name: str, args: Any, device: torch.device) -> Path:
+    """The folder or .pth file that a name stands for: a path, or a run in args.save_dir. ValueError
+    if there is none.
+    """
+    path, save_dir = Path(name), Path(args.save_dir)
+    refuse_adapter(path)
+    if path.suffix == ".pth" or path.is_absolute() or (path / "config.json").is_file():
+        return path  # the reader says what is wrong with it
+    if SHAPE_FLAGS & args.given:
+        wanted = f"{name}_{shape_name(config_from_args(args, device, 6400))}"
+        runs = [save_dir / wanted]
+    else:
+        wanted = f"{name}_<preset>"
+        runs = [*sorted(save_dir.glob(f"{name}_*")), save_dir / name]
+    found = [run for run in runs if (run / "config.json").is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"{name!r} fits {', '.join(run.name for run in found)} in {save_dir}: say which with "
+            "--preset, "
+            "or give the folder"
+        )
+    for run in runs:
+        refuse_adapter(run)
+    there = sorted(
+        str(path.parent)
+        for pattern in ("*", "*/*")
+        for path in save_dir.glob(f"{pattern}/config.json")
+    )
+    raise ValueError(
+        f"no weights are found as {name!r}: {save_dir} has no {wanted}, "
+        f"{'only ' if there else 'and no run at all'}"
+        f"{', '.join(there)}. Train that stage first, or give a checkpoint folder or .pth file"
+    )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """ValueError, with the way out, if a folder holds an adapter where a network is asked for."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_adapter_config(folder).get("base_model_name_or_path") or "BASE"
+        raise ValueError(
+            f"{folder} is an adapter, a small change to a network, and not a network: give {base}, "
+            "and the adapter "
+            "as --adapter where there is that flag; or make one network of the two with "
+            f"python scripts/merge_lora.py --from_weight {base} --adapter {folder}"
+        )
+
+
+def take_template(tokenizer: PreTrainedTokenizerBase, adapters: list[str]) -> None:
+    """Give a tokenizer that has no chat template that of an adapter's folder: an adapter may have
+    taught a network to chat.
+    """
+    for path in (Path(folder) / "chat_template.jinja" for folder in adapters):
+        if not tokenizer.chat_template and path.is_file():
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
