@@ -15,6 +15,7 @@ from trainer.losses.preference import (
     ipo_loss,
     kto_loss,
     orpo_loss,
+    pair_losses,
     robust_loss,
     simpo_loss,
 )
@@ -23,7 +24,7 @@ N = 7
 
 
 @pytest.fixture
-def answers():
+def completions():
     """log p and log p_ref of N pairs [N, 2], which want a gradient, and their lengths."""
     lengths = torch.randint(1, 9, (N, 2))
     policy, reference = (-3 * lengths * torch.rand(N, 2) - 0.1 for _ in range(2))
@@ -43,7 +44,7 @@ class Metrics(dict):
 
 
 def trl_output(log_probs, lengths):
-    """A model output with fused log-probabilities of answers [2N, T], spread evenly over their
+    """A model output with fused log-probabilities of completions [2N, T], spread evenly over their
     tokens, after one token.
     """
     T = int(lengths.max())
@@ -97,8 +98,8 @@ def assert_same(ours, theirs, policy):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_dpo(label_smoothing, answers):
-    policy, reference, lengths = answers
+def test_dpo(label_smoothing, completions):
+    policy, reference, lengths = completions
     margin = (policy - reference)[:, 0] - (policy - reference)[:, 1]
     if label_smoothing == 0:
         assert_same(
@@ -115,7 +116,7 @@ def test_dpo(label_smoothing, answers):
         )
 
 
-def test_the_loss_of_what_prefers_nothing_is_ln_2():
+def test_the_loss_of_equal_completions_is_ln_2():
     assert (
         dpo_loss(torch.zeros(1), 0.1).item()
         == robust_loss(torch.zeros(1), 0.1, 0.2).item()
@@ -123,8 +124,8 @@ def test_the_loss_of_what_prefers_nothing_is_ln_2():
     )
 
 
-def test_robust_dpo(answers):
-    policy, reference, lengths = answers
+def test_robust_dpo(completions):
+    policy, reference, lengths = completions
     margin = (policy - reference)[:, 0] - (policy - reference)[:, 1]
     assert_same(
         robust_loss(margin, 0.3, 0.2).mean(),
@@ -136,8 +137,8 @@ def test_robust_dpo(answers):
     torch.testing.assert_close(mixed, dpo_loss(margin, 0.3))
 
 
-def test_ipo(answers):
-    policy, reference, lengths = answers
+def test_ipo(completions):
+    policy, reference, lengths = completions
     ratio = (policy - reference) / lengths
     assert_same(
         ipo_loss(*ratio.unbind(1), 0.3).mean(),
@@ -146,10 +147,10 @@ def test_ipo(answers):
     )
 
 
-def test_simpo(answers):
+def test_simpo(completions):
     from trl.experimental.cpo import CPOTrainer
 
-    policy, _, lengths = answers
+    policy, _, lengths = completions
     average = policy / lengths
     trainer = SimpleNamespace(
         alpha=0.0,
@@ -164,10 +165,10 @@ def test_simpo(answers):
     torch.testing.assert_close(chosen, 2.5 * average[:, 0].detach())
 
 
-def test_orpo(answers):
+def test_orpo(completions):
     from trl.experimental.orpo import ORPOTrainer
 
-    policy, _, lengths = answers
+    policy, _, lengths = completions
     average = policy / lengths
     odds = ORPOTrainer.odds_ratio_loss(
         SimpleNamespace(beta=0.3, accelerator=Gathers), *average.unbind(1)
@@ -188,13 +189,13 @@ def test_orpo(answers):
 
 
 @pytest.mark.parametrize("shift", [1.5, -9.0])
-def test_kto(shift, answers):
-    """Against TRL's trainer, whose KL is the mean ratio of its mismatched answers; below 0 it
+def test_kto(shift, completions):
+    """Against TRL's trainer, whose KL is the mean ratio of its mismatched completions: below 0 it
     counts as 0.
     """
     from trl import KTOTrainer
 
-    policy, reference, lengths = answers
+    policy, reference, lengths = completions
     policy, reference, lengths = policy[:, 0], reference[:, 0], lengths[:, 0]
     is_desirable = torch.tensor([True, False, False, True, True, False, True])
     mismatched, mismatched_reference = torch.rand(N) + shift, torch.rand(N)
@@ -228,17 +229,17 @@ def test_kto(shift, answers):
     assert_same(ours, theirs, policy)
 
 
-@pytest.mark.parametrize("center_weight", [0.0, 0.05])
-def test_the_reward_models_loss(center_weight, answers):
+@pytest.mark.parametrize("coefficient", [0.0, 0.05])
+def test_the_reward_models_loss(coefficient, completions):
     from trl import RewardTrainer
 
-    rewards = answers[0]  # N 2
+    rewards = completions[0]  # N 2
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
         accelerator=Gathers,
         aux_loss_enabled=False,
         _metrics=Metrics(),
-        args=SimpleNamespace(center_rewards_coefficient=center_weight or None),
+        args=SimpleNamespace(center_rewards_coefficient=coefficient or None),
         _total_train_tokens=0,
         _tp_size=1,
     )
@@ -247,10 +248,62 @@ def test_the_reward_models_loss(center_weight, answers):
     theirs = RewardTrainer.compute_loss(
         trainer, lambda **_: output, {"input_ids": mask, "attention_mask": mask}
     )
-    assert_same(bradley_terry_loss(*rewards.unbind(1), center_weight).mean(), theirs, answers[0])
+    assert_same(bradley_terry_loss(*rewards.unbind(1), coefficient).mean(), theirs, completions[0])
 
 
-def test_log_probs_of_answers_are_sums_over_their_tokens():
+def settings(loss_type, **changes):
+    flags = dict(beta=0.3, gamma=1.2, label_smoothing=0.2, sft_weight=0.0)
+    flags |= dict(desirable_weight=1.3, undesirable_weight=0.7)
+    return SimpleNamespace(loss_type=loss_type, **flags | changes)
+
+
+def test_the_loss_of_a_stages_flags(completions):
+    policy, reference, lengths = completions
+    ratio, average = policy - reference, policy / lengths
+    margin = ratio[:, 0] - ratio[:, 1]
+    expected = {
+        "sigmoid": dpo_loss(margin, 0.3, 0.2),
+        "robust": robust_loss(margin, 0.3, 0.2),
+        "ipo": ipo_loss(*(ratio / lengths).unbind(1), 0.3),
+        "kto": kto_loss(ratio[:, 0], torch.tensor(True), 0.5, 0.3, 1.3, 0.7)
+        + kto_loss(ratio[:, 1], torch.tensor(False), 0.5, 0.3, 1.3, 0.7),
+    }
+    for loss_type, theirs in expected.items():
+        ours, rewards = pair_losses(settings(loss_type), policy, reference, lengths, 0.5)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(rewards, 0.3 * ratio.detach())
+    without = {
+        "simpo": simpo_loss(*average.unbind(1), 0.3, 1.2),
+        "orpo": orpo_loss(*average.unbind(1), 0.3),
+    }
+    for loss_type, theirs in without.items():
+        ours, rewards = pair_losses(settings(loss_type), policy, None, lengths, 0.0)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(rewards, 0.3 * average.detach())
+        assert not rewards.requires_grad
+
+
+def test_the_chosen_completion_may_be_learned_too(completions):
+    policy, reference, lengths = completions
+    plain, _ = pair_losses(settings("sigmoid"), policy, reference, lengths, 0.0)
+    more, _ = pair_losses(settings("sigmoid", sft_weight=0.5), policy, reference, lengths, 0.0)
+    torch.testing.assert_close(more, plain - 0.5 * policy[:, 0] / lengths[:, 0])
+
+
+def test_a_missing_completion_has_no_loss():
+    """KTO on single completions, of which the other side has length 0 and log p 0."""
+    policy, reference = torch.tensor([[-2.0, 0.0], [0.0, -3.0]]), torch.tensor([[-1.0, 0], [0, -5]])
+    lengths = torch.tensor([[3, 0], [0, 2]])
+    losses, rewards = pair_losses(settings("kto"), policy, reference, lengths, 0.25)
+    single = [
+        kto_loss(torch.tensor([-1.0]), torch.tensor([True]), 0.25, 0.3, 1.3, 0.7),
+        kto_loss(torch.tensor([2.0]), torch.tensor([False]), 0.25, 0.3, 1.3, 0.7),
+    ]
+    torch.testing.assert_close(losses, torch.cat(single))
+    assert rewards[0, 1] == rewards[1, 0] == 0
+
+
+def test_log_probs_of_completions_are_sums_over_their_tokens():
     logits = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
     batch = {
         "source": [0, 1, 0, 2, 4],
