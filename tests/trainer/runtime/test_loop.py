@@ -327,6 +327,8 @@ def test_an_update_that_is_not_finite_within_a_step_counts_as_any_other(training
                 run.loop.advance(micro_batches, 8, loss=1.0)
     assert seen == [0, 1, 2, 2, 3]
     assert [row["step"] for row in run.rows() if "loss" in row] == [1, 2, 3, 4]
+    names = sorted(path.name for path in (run.folder / "bad_steps").iterdir())
+    assert names == ["step-3-update-2-rank-0.jsonl", "step-3-update-3-rank-0.jsonl"]
 
 
 def test_a_step_without_an_update_has_a_norm_of_0(training):
