@@ -334,7 +334,7 @@ def test_tools_of_the_users_own_file(out, monkeypatch, tokenizer, tmp_path):
     ) and '{"result": 42}' in tokenizer.decode(engine.prompts[1])
     path.write_text(
         "broken("
-    )  # while the page is open: it says so, and goes on with the toy world's
+    )  # while the page is open: it says so, and continues with the toy world's
     at.run()
     assert "SyntaxError" in at.error[0].value and at.multiselect[0].options[-1] == "count_letter"
 

@@ -1,7 +1,7 @@
 """The numbers of a run in an experiment tracker: Weights & Biases, SwanLab or TensorBoard, also
 without a network.
 
-A run has one id, in `folder`/tracker.json, under which every process that goes on with it reports.
+A run has one id, in `folder`/tracker.json, under which every process that continues it reports.
 What the tracker lacks when a process starts is sent again from the run's own record, and what it
 has is not: a crash loses no step and doubles none.
 

@@ -159,7 +159,7 @@ def find_weight(name: str, args: Any, device: torch.device) -> Path:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """ValueError, with the way out, if a folder holds an adapter where a network is asked for."""
+    """ValueError, with what to do, if a folder holds an adapter where a network is asked for."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_adapter_config(folder).get("base_model_name_or_path") or "BASE"
         raise ValueError(
