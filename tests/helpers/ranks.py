@@ -27,7 +27,7 @@ def run_ranks(
     count: int,
     stage: str,
     flags: list[str],
-    seconds: float = 120,
+    seconds: float = 600,
     poison: tuple[int, int] | None = None,
     launcher: tuple[int, list[int]] | None = None,
     expected: int = 0,
@@ -35,8 +35,9 @@ def run_ranks(
     """Train with `count` ranks, and return the output of rank 0.
 
     It fails unless all ranks end with the status `expected`. Many arguments: nearly all calls give
-    the first three alone. stage: "sft", or the script's name behind train_. poison: (rank, step) of
-    a loss of nan. launcher: (port of a store like torchrun's, number of restarts for each rank).
+    the first three alone. stage: "sft", or the script's name behind train_. seconds: enough for the
+    op that DeepSpeed compiles once. poison: (rank, step) of a loss of nan. launcher: (port of a
+    store like torchrun's, number of restarts for each rank).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.train_full_sft", "trainer.train_pretrain"])

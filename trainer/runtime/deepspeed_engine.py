@@ -7,8 +7,10 @@ stage, another number of ranks or none.
 """
 
 import os
+from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from trainer.runtime.train_args import TrainArgs, read_deepspeed_config
 
@@ -31,6 +33,7 @@ class DeepSpeedEngine:
     ):
         import deepspeed
 
+        build_cpu_op()
         config = read_deepspeed_config(args.deepspeed)
         # DeepSpeed asks for it by name, and a process without a launcher lacks it
         os.environ.setdefault("LOCAL_RANK", "0")
@@ -162,3 +165,34 @@ class DeepSpeedEngine:
             safe_set_local_fp32_param(x, part)
         else:
             safe_set_local_optimizer_state(x, part, state_name)
+
+
+def build_cpu_op() -> None:
+    """Compile or load the C++ op of DeepSpeed's ranks on a CPU, one process at a time.
+
+    torch marks a build with a file named `lock`. A process that is killed while it builds leaves
+    the file, and all later ones would wait for it forever. A GPU needs no such op.
+    """
+    import deepspeed
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    folder = Path(_get_build_directory(builder.NAME, verbose=False))
+    with FileLock(folder.with_suffix(".lock")):  # freed with its process, however that ends
+        if not (folder / f"{builder.NAME}.so").exists():
+            print("DeepSpeed compiles its op for the CPU, once: about a minute", flush=True)
+        remove_abandoned_lock(folder / "lock")
+        builder.load()
+
+
+def remove_abandoned_lock(path: Path) -> None:
+    """Remove torch's mark of a build if no process holds it open, as each builder does."""
+    import psutil  # DeepSpeed installs it
+
+    if path.exists():
+        for process in psutil.process_iter(["open_files"]):
+            if str(path) in (file.path for file in process.info["open_files"] or ()):
+                return
+        path.unlink(missing_ok=True)

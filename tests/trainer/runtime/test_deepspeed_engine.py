@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.ranks import MAIN, run_ranks
 from tests.helpers.runs import assert_close_runs
 from trainer.runtime.arguments import ROOT
+from trainer.runtime.deepspeed_engine import remove_abandoned_lock
 from trainer.runtime.metrics import read_metrics
 from trainer.runtime.train_args import TrainArgs, read_deepspeed_config
 
@@ -31,6 +32,16 @@ def test_our_configurations_leave_to_the_flags_what_the_flags_say(config):
     args.check()
     zero = content["zero_optimization"]
     assert str(zero["stage"]) in config and ("offload_optimizer" in zero) == ("offload" in config)
+
+
+def test_the_lock_of_a_build_that_was_killed_is_removed(tmp_path):
+    path = tmp_path / "lock"
+    with path.open("w"):
+        remove_abandoned_lock(path)
+        assert path.exists()  # a process still builds
+    remove_abandoned_lock(path)
+    assert not path.exists()
+    remove_abandoned_lock(path)  # and none is no error
 
 
 @pytest.mark.slow
@@ -101,7 +112,7 @@ def test_a_process_that_nobody_launched_is_a_group_of_one(flags, tmp_path):
     command = flags(**options, deepspeed=file_of("ds_zero2"))
     process = context.Process(target=MAIN["pretrain"], args=(command,))
     process.start()
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
     name = NAMES["pretrain"]
     assert_close_runs(tmp_path / "plain" / name, tmp_path / "out" / name, 20)
