@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
+from model.files import write_json
 from scripts.checkpoint import WeightArgs, load_checkpoint
 from trainer.runtime.arguments import (
     arg,
@@ -33,7 +34,6 @@ from trainer.runtime.arguments import (
     command,
     parse_args,
 )
-from trainer.runtime.metrics import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,6 @@ data.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, pack
 from dataset.pair_dataset import PairDataset
 from dataset.token_dataset import BAD_ROWS, TokenDataset
+from model.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,12 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     show_rows(dataset, tokenizer, args.rows)
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         metrics = asdict(dataset.report)
         metrics |= {"padding_ratio": padding_ratio(dataset), "fingerprint": dataset.fingerprint}
-        Path(args.json).write_text(
-            json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8"
-        )
+        write_json(args.json, metrics)
 
 
 if __name__ == "__main__":

@@ -232,9 +232,7 @@ class SFTDataset(TokenDataset):
 
 
 class ReasonDataset(TokenDataset):
-    """Conversations, trained on the assistant's reasoning and words (see TokenDataset,
-    ReasonEncoder).
-    """
+    """Conversations, trained on reasoning and words (see TokenDataset, ReasonEncoder)."""
 
     encoder_type = ReasonEncoder
 

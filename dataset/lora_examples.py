@@ -13,7 +13,6 @@ keyword). Held out are phrasings: the training rows ask the same in other words.
 
 import argparse
 import hashlib
-import json
 import random
 import sys
 from collections.abc import Iterator
@@ -23,10 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.files.jsonl import find_shards, in_fraction, read_rows
+from dataset.files.jsonl import dump_row, find_shards, in_fraction, read_rows
 from dataset.files.outputs import whole_file
 from dataset.toy.core import is_heldout
 from dataset.toy.scorer import Question
+from model.files import write_json
 
 LANGUAGES = ("en", "zh")
 TOPICS = ROOT / "dataset" / "toy" / "medical_topics.jsonl"  # pairs: English, Chinese
@@ -199,9 +199,7 @@ def row(skill: str, language: str, topic: str, question: str, answer: str, keywo
 
 
 def identity_rows(name: str, maker: str) -> Iterator[tuple[bool, dict]]:
-    """(held out, row) of every opening with every question; a hash of the phrasing decides,
-    whatever the names are.
-    """
+    """(held out, row) of openings with questions; a hash of the phrasing decides, not the names."""
     for topic, languages in IDENTITY.items():
         for language, (questions, *texts) in languages.items():
             answer, keyword = (text.format(name=name, maker=maker) for text in texts)
@@ -212,9 +210,7 @@ def identity_rows(name: str, maker: str) -> Iterator[tuple[bool, dict]]:
 
 
 def medical_rows() -> Iterator[tuple[bool, dict]]:
-    """(held out, row) of every topic in every form of question; one form for each topic and
-    language is held out.
-    """
+    """(held out, row) of every topic and form; one form of each topic and language is held out."""
     for _, topic in read_rows(TOPICS):
         for side, language in enumerate(LANGUAGES):
             forms = FORMS[topic["kind"]][language]
@@ -227,9 +223,7 @@ def medical_rows() -> Iterator[tuple[bool, dict]]:
 
 
 def write_examples(folder: str | Path, name: str, maker: str) -> dict[str, int]:
-    """Write the four files into `folder`, in place of earlier ones; returns the number of rows of
-    each.
-    """
+    """Write the four files into `folder`, in place of earlier ones; return how many rows."""
     counts = {}
     examples = {"identity": identity_rows(name, maker), "medical": medical_rows()}
     for example, rows in examples.items():
@@ -238,7 +232,7 @@ def write_examples(folder: str | Path, name: str, maker: str) -> dict[str, int]:
         for split in ("train", "heldout"):
             chosen = [one for heldout, one in rows if heldout == (split == "heldout")]
             with whole_file(Path(folder) / f"{example}_{split}.jsonl") as file:
-                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in chosen)
+                file.writelines(map(dump_row, chosen))
             counts[f"{example}_{split}.jsonl"] = len(chosen)
     return counts
 
@@ -282,8 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, count in counts.items():
         print(f"{Path(args.out_dir) / name}: {count} rows")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, counts)
 
 
 if __name__ == "__main__":

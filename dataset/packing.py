@@ -10,7 +10,7 @@ Shapes: `B` batch rows, `T` tokens of a batch row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
@@ -279,10 +279,5 @@ class PackedBatches:
         sequences = [[self.dataset[index] for index in row] for row in rows]
         return collate(sequences, self.capacity, max(1, len(rows)), self.pad_id)
 
-    def from_step(self, first: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """Iterate over the steps from `first` on, without building those before."""
-        for step in range(first, len(self)):
-            yield self[step]
-
     def __iter__(self):
-        return self.from_step(0)
+        return map(self.__getitem__, range(len(self)))

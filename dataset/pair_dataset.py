@@ -192,9 +192,7 @@ class PairDataset(TokenDataset):
         return self.table["branch", self.rows[index]].astype(np.int64)
 
     def strangers(self) -> np.ndarray:
-        """For each row the next one, around the end, with another prompt: int64 [N]. With a single
-        prompt, the next row.
-        """
+        """For each row the next one with another prompt, if any, around the end: int64 [N]."""
         prompts, N = self.table.documents[self.rows], len(self)
         ends = np.flatnonzero(prompts != np.roll(prompts, -1))
         if not len(ends):
@@ -296,9 +294,7 @@ def collate_trees(
 
 
 def tree_mask(tree: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """Which key each query sees, bool [B, 1, T, T]: of its own tree the prompt and its own branch,
-    up to itself.
-    """
+    """Keys that a query sees, bool [B, 1, T, T]: its tree's prompt and its branch, up to itself."""
     mask = tree[:, :, None] == tree[:, None]  # B T T
     mask &= (branch[:, None] == PROMPT) | (branch[:, :, None] == branch[:, None])
     return mask.tril()[:, None]

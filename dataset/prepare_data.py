@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -31,6 +30,7 @@ from dataset.prepare.convert import FORMATS, convert
 from dataset.prepare.download import HUBS, download, find_file, list_files
 from dataset.prepare.foreign_files import SPLITS
 from dataset.prepare.verdicts import CleanOptions
+from model.files import write_json
 
 FOREIGN = (".json", ".parquet", ".csv", ".tsv", ".txt")  # read by convert, not by clean
 
@@ -224,9 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         metrics = run(cls(**given))
         if given["json"]:
-            Path(given["json"]).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(metrics, ensure_ascii=False, indent=1)
-            Path(given["json"]).write_text(text, encoding="utf-8")
+            write_json(given["json"], metrics)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: no output was written; the same command resumes a download")
     except (ValueError, OSError, ImportError) as error:

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,9 +91,7 @@ class PromptDataset:
     def held_out_split(
         self, ratio: float, seed: int = 0, max_rows: int | None = None
     ) -> tuple[PromptDataset, PromptDataset]:
-        """(training view, held-out view): `ratio` of the different prompts, at most `max_rows`, by
-        a hash of each.
-        """
+        """(training view, held-out view): `ratio` of the prompts, at most `max_rows`, by hash."""
         draws = [hashlib.sha256(f"{seed}:{ids}".encode()).digest() for ids in self.prompts]
         unique = sorted(set(draws))
         if len(unique) < 2:
@@ -108,7 +107,8 @@ class PromptDataset:
         """The rows where a bool array is true, as a dataset of that name."""
         view = copy.copy(self)
         view.rows, view.prompts = (
-            [x for x, kept in zip(column, keep) if kept] for column in (self.rows, self.prompts)
+            list(compress(self.rows, keep)),
+            list(compress(self.prompts, keep)),
         )
         view.fingerprint = fingerprint(whole=self.fingerprint, view=name)
         return view

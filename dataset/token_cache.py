@@ -86,18 +86,28 @@ class EncodedBlock(NamedTuple):
 
 
 class TokenTable:
-    """The sequences of a cache folder, memory-mapped: `table[column, i]` is an array view,
-    `lengths` int32 [N].
+    """The sequences of cache folders, one after the other, memory-mapped: `table[column, i]` is an
+    array view, `lengths` int32 [N].
 
-    ValueError or OSError where the folder and its report differ. Memory: 4 bytes a sequence and
+    ValueError or OSError where a folder and its report differ. Memory: 4 bytes a sequence and
     about 1 kB for each thousand of them.
     """
 
-    def __init__(self, folder: Path):
-        self.folders = [folder]
-        self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        self._chunks = _read(folder)
-        self._index()
+    def __init__(self, *folders: Path):
+        self.folders, self.report, self._chunks = folders, Report(), {}
+        for folder in folders:
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            self.report.add(Report(**report))
+            for name, chunks in _read(folder).items():
+                self._chunks.setdefault(name, []).extend(chunks)
+        self._values, self._offsets = {}, {}
+        for name, chunks in self._chunks.items():
+            if name != "document":
+                self._values[name] = [_to_numpy(chunk.values) for chunk in chunks]
+                self._offsets[name] = [_to_numpy(chunk.offsets) for chunk in chunks]
+        offsets = self._offsets["input_ids"]
+        self.lengths = np.concatenate([np.empty(0, np.int32), *map(np.diff, offsets)])
+        self._chunk_ends = np.cumsum([len(part) - 1 for part in offsets])
         tokens = int(self.lengths.sum(dtype=np.int64))
         if (len(self), tokens) != (self.report.sequences, self.report.tokens):
             raise ValueError(
@@ -105,41 +115,12 @@ class TokenTable:
                 f"{self.report.tokens}"
             )
 
-    @classmethod
-    def join(cls, tables: list[TokenTable]) -> TokenTable:
-        """Return one table of all the sequences of several, in that order."""
-        whole = cls.__new__(cls)
-        whole.folders = [folder for table in tables for folder in table.folders]
-        whole.report = Report()
-        for table in tables:
-            whole.report.add(table.report)
-        whole._chunks = {
-            name: [chunk for table in tables for chunk in table._chunks[name]]
-            for name in tables[0]._chunks
-        }
-        whole._index()
-        return whole
-
-    def _index(self) -> None:
-        lists = {name: chunks for name, chunks in self._chunks.items() if name != "document"}
-        self._values = {
-            name: [_to_numpy(chunk.values) for chunk in chunks] for name, chunks in lists.items()
-        }
-        self._offsets = {
-            name: [_to_numpy(chunk.offsets) for chunk in chunks] for name, chunks in lists.items()
-        }
-        offsets = self._offsets["input_ids"]
-        self.lengths = np.concatenate([np.empty(0, np.int32), *map(np.diff, offsets)])
-        self._chunk_ends = np.cumsum([len(part) - 1 for part in offsets])
-
     def __reduce__(self):  # for processes that load data: they map the files themselves
-        return _open_tables, (self.folders,)
+        return TokenTable, self.folders
 
     @property
     def documents(self) -> np.ndarray:
-        """A hash of the row that each sequence comes from, uint64 [N]; read from the disk each
-        time.
-        """
+        """A hash of the row that each sequence comes from, uint64 [N]; read from disk each time."""
         return np.concatenate([np.empty(0, np.uint64), *map(_to_numpy, self._chunks["document"])])
 
     def __len__(self) -> int:
@@ -154,10 +135,6 @@ class TokenTable:
         offsets = self._offsets[column][chunk]
         local = int(index) - (int(self._chunk_ends[chunk - 1]) if chunk else 0)
         return self._values[column][chunk][offsets[local] : offsets[local + 1]]
-
-
-def _open_tables(folders: list[Path]) -> TokenTable:
-    return TokenTable.join([TokenTable(folder) for folder in folders])
 
 
 def open_or_build(folder: Path, blocks: Callable[[], Iterable[EncodedBlock]]) -> TokenTable:

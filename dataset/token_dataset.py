@@ -66,9 +66,7 @@ class RowEncoder(ABC):
         self.byte_lengths = token_byte_lengths(tokenizer)
 
     def options(self) -> dict:
-        """The encoder's own options, for the fingerprint: a key that is renamed orphans caches and
-        runs.
-        """
+        """The encoder's own options, for the fingerprint: a renamed key orphans caches and runs."""
         return {}
 
     @abstractmethod
@@ -154,11 +152,9 @@ class TokenDataset:
             )
         one_builds = nullcontext() if is_cached else locked(cache_dir / self.fingerprint, BUILDING)
         with one_builds, WorkerPool(encoder, num_proc) as pool:
-            tables = [
+            for folder, source in zip(folders, sources, strict=True):
                 _open_or_encode(folder, pool, *source)
-                for folder, source in zip(folders, sources, strict=True)
-            ]
-        self.table = TokenTable.join(tables)
+        self.table = TokenTable(*folders)
         self.report, self.lengths = self.table.report, self.table.lengths
         if not len(self.table):
             raise ValueError(

@@ -32,10 +32,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset.files.jsonl import dump_row
 from dataset.files.outputs import whole_folder
 from dataset.toy.core import LEVELS
 from dataset.toy.rows import stage_rows
 from dataset.toy.world import World, make_world
+from model.files import write_json
 
 # These, level and seed decide a world: after any change of them old folders are written again.
 SOURCE_FILES = [
@@ -56,8 +58,7 @@ def write_files(world: World, folder: Path) -> dict[str, dict]:
             rows = list(stage_rows(world, stage, split))
             random.Random(f"{world.seed}/{stage}/{split}/order").shuffle(rows)
             path = folder / f"{stage}_{split}.jsonl"
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            path.write_bytes(text.encode())
+            path.write_bytes("".join(map(dump_row, rows)).encode())
             files[path.name] = {"rows": len(rows), "bytes": path.stat().st_size}
     return files
 
@@ -92,7 +93,7 @@ def write_world(level: str, out_dir: str | Path, seed: int = 0) -> bool:
     with whole_folder(folder) as draft:
         files = write_files(world, draft)
         meta = {"level": level, "seed": seed, "sources": SOURCES, "files": files}
-        (draft / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(draft / "meta.json", meta)
     return True
 
 
@@ -112,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, entry in meta["files"].items():
         print(f"{name:<24} {entry['rows']:>8} rows {entry['bytes'] / 1e6:>8.2f} MB")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, meta)
 
 
 if __name__ == "__main__":

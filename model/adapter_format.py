@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .files import replace_json
+from .files import write_json
 from .native_format import native_type, write_tensors
 
 if TYPE_CHECKING:
@@ -274,9 +274,7 @@ def under_our_names(layer: str, factors: Factors, rank: int) -> dict[str, Factor
 def write_adapter(
     folder: str | Path, layers: dict[str, Factors], settings: LoRASettings, base: Base
 ) -> None:
-    """Write `layers`, by our names and made with `settings`, as a PEFT folder for the standard
-    architecture of `base`.
-    """
+    """Write `layers`, made with `settings`, as a PEFT folder for `base`'s standard architecture."""
     folder, kind = Path(folder), native_type(base.config)
     folder.mkdir(parents=True, exist_ok=True)
     layers, patterns = under_native_names(layers, settings, kind)
@@ -316,7 +314,7 @@ def write_adapter(
     if experts:  # a name that older versions of PEFT do not know
         fields["target_parameters"] = short_names(experts, all_experts)
     write_tensors(folder / WEIGHTS, tensors, {"base_sha256": base.sha256})
-    replace_json(folder / CONFIG, fields)
+    write_json(folder / CONFIG, fields)
 
 
 def native_name(layer: str, kind: str) -> str:
@@ -331,9 +329,7 @@ def native_name(layer: str, kind: str) -> str:
 def under_native_names(
     layers: dict[str, Factors], settings: LoRASettings, kind: str
 ) -> tuple[dict[str, Factors], dict[str, dict[str, float]]]:
-    """`layers` as transformers' network has them, and the fields "rank_pattern" and "alpha_pattern"
-    for joined ones.
-    """
+    """`layers` as transformers has them, and "rank_pattern" and "alpha_pattern" of joined ones."""
     joined, by_name = {}, {}
     for layer, factors in layers.items():
         by_name.setdefault(native_name(layer, kind), []).append(factors)
@@ -354,9 +350,7 @@ def under_native_names(
 
 
 def short_names(chosen: Collection[str], everything: Collection[str]) -> list[str]:
-    """The chosen layers by the last part of their names, if no other layer ends like that; else by
-    their whole names.
-    """
+    """The last parts of the chosen layers' names; if others end like that, their whole names."""
     last = {last_part(layer) for layer in chosen}
     is_clear = all(layer in chosen for layer in everything if last_part(layer) in last)
     return sorted(last if is_clear else chosen)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .kv_cache import DecodeView, KVCache
+from .kv_cache import AlignedView, KVCache, RaggedView
 from .model_minimind import MiniMindForCausalLM
 
 KEYS_STEP = 256  # recorded graphs look at a multiple of so many positions
@@ -22,29 +22,26 @@ class Decoder:
         self.device, self.dtype = cache.keys.device, cache.keys.dtype
 
     def __call__(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        same = positions[0] if len(set(positions)) == 1 else None
-        num_keys, ids = max(positions) + 1, torch.tensor([tokens, positions], device=self.device)
-        mask = None if same is not None else self.mask_for(ids[1], num_keys)
-        return self.forward(ids[0], ids[1], num_keys, mask, same)
+        ids = torch.tensor([tokens, positions], device=self.device)
+        if len(set(positions)) > 1:
+            return self.forward_ragged(ids, max(positions) + 1)
+        # a slice of the cache is written several times faster than scattered places
+        return self.forward(ids, AlignedView(self.cache, 0, len(tokens), positions[0]))
 
-    def mask_for(self, positions: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """Added to the scores [B, 1, 1, S] of `num_keys` positions: -inf at those to come."""
-        ahead = torch.arange(num_keys, device=self.device) > positions[:, None]
+    def forward_ragged(self, ids: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """`forward` for rows at positions of their own, with a look at `num_keys` positions."""
+        ahead = torch.arange(num_keys, device=self.device) > ids[1][:, None]
         mask = torch.zeros(ahead.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(ahead, -torch.inf)[:, None, None]
+        mask.masked_fill_(ahead, -torch.inf)  # B S, added to the scores; hides what is to come
+        return self.forward(ids, RaggedView(self.cache, ids[1], num_keys), mask[:, None, None])
 
     def forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        num_keys: int,
-        mask: torch.Tensor | None,
-        same_position: int | None = None,
+        self, ids: torch.Tensor, view: AlignedView, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """ids, positions [B] -> logits [B, V]; see `DecodeView`."""
-        view = DecodeView(self.cache, positions, num_keys, same_position)
+        """ids [2, B], tokens and their positions -> logits [B, V]."""
+        tokens, positions = ids[:, :, None]  # B 1 each
         out = self.network.model(
-            ids[:, None], attention_mask=mask, position_ids=positions[:, None], past_key_values=view
+            tokens, attention_mask=mask, position_ids=positions, past_key_values=view
         )
         return self.network.lm_head(out.last_hidden_state[:, 0]).float()
 
@@ -79,19 +76,15 @@ class RecordedDecoder(Decoder):
         self, ids: torch.Tensor, num_keys: int
     ) -> tuple[Callable[[], object], torch.Tensor, torch.Tensor]:
         """The function that runs the step again, its input [2, B] and its output [B, V]."""
-
-        def step() -> torch.Tensor:
-            return self.forward(ids[0], ids[1], num_keys, self.mask_for(ids[1], num_keys))
-
         with RECORDING:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # loading and tuning at the first call must not be recorded
-                    step()
+                    self.forward_ragged(ids, num_keys)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                logits = step()
+                logits = self.forward_ragged(ids, num_keys)
             self.pool = graph.pool()
         return graph.replay, ids, logits

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .decoder import Decoder, RecordedDecoder
-from .kv_cache import KVCache, PrefillView
+from .kv_cache import AlignedView, KVCache
 from .model_minimind import MiniMindForCausalLM
 from .packed_linear import for_decoding
 from .sampling import SamplingParams, edit_logits, sample, top_log_probs
@@ -174,9 +174,7 @@ class Engine:
         return len(self.waiting) + len(self.running) + (self.prefilling is not None)
 
     def new_request(self, prompt: list[int], params: SamplingParams) -> Request:
-        """A Request for a prompt (token ids) that is not queued yet. ValueError if the prompt does
-        not fit.
-        """
+        """A Request for token ids that is not queued yet. ValueError if the prompt does not fit."""
         size = self.model.config.vocab_size
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token")
@@ -203,9 +201,7 @@ class Engine:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
     ) -> list[Request]:
-        """Complete prompts (token ids), with one SamplingParams for all or one for each: the
-        finished Requests.
-        """
+        """The finished Requests of prompts (token ids); params: one for all, or one for each."""
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [self.add(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
         for request in requests:
@@ -253,7 +249,7 @@ class Engine:
             room -= end - request.num_cached
             if end > request.num_cached:
                 ids = torch.tensor([request.prompt[request.num_cached : end]], device=self.device)
-                view = PrefillView(self.cache, len(self.running), 1, request.num_cached)
+                view = AlignedView(self.cache, len(self.running), 1, request.num_cached)
                 self.network.model(ids, past_key_values=view)
                 request.num_cached = end
             if end == len(request.prompt) - 1:

@@ -16,7 +16,7 @@ class EngineThread:
     after_step: called in the engine's thread when all outputs of a step were handed on.
     """
 
-    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None):
+    def __init__(self, engine: Engine, after_step: Callable[[], None] = lambda: None):
         self.engine, self.after_step = engine, after_step
         self.inbox, self.calls = deque(), deque()  # Requests; (function, its Future)
         self.unfinished = set()  # Requests whose last Output was not handed on yet
@@ -89,9 +89,7 @@ class EngineThread:
                 self.cancel(request)
 
     def close(self, timeout: float | None = None) -> None:
-        """Take in nothing more, wait at most `timeout` seconds for the running requests, then
-        cancel the rest.
-        """
+        """Take in nothing more, wait at most `timeout` seconds for requests, cancel the rest."""
         with self.lock:
             self.is_closing = True
         self.wake.set()
@@ -127,8 +125,7 @@ class EngineThread:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
             self.unfinished.clear()
-            if self.after_step:
-                self.after_step()
+            self.after_step()
             raise
 
     def _work(self):
@@ -142,8 +139,7 @@ class EngineThread:
                 with self.lock:
                     self.unfinished.discard(output.request)
             output.request.on_output(output)
-        if self.after_step:
-            self.after_step()
+        self.after_step()
 
     @staticmethod
     def _run_call(function, future):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -47,9 +48,11 @@ def replace_file(
         temporary.unlink(missing_ok=True)
 
 
-def replace_json(path: str | Path, content: dict) -> None:
-    """`replace_file` with JSON."""
-    text = json.dumps(content, indent=2) + "\n"
+def write_json(path: str | Path, content: Any) -> None:
+    """`replace_file` with JSON; the folder is made if it is missing."""
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

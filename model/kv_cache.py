@@ -43,7 +43,7 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
 
-class PrefillView:
+class AlignedView:
     """The cache for T more tokens in each of `num_rows` neighbouring slots from `first` on, which
     all hold `num_past`.
     """
@@ -59,47 +59,26 @@ class PrefillView:
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> list[torch.Tensor]:
         """Store k, v [B, K, T, d] behind the past; returns all of it [B, K, S, d], S = past + T."""
-        end = self.num_past + k.shape[2]
         both = []
         for x, new in ((self.cache.keys, k), (self.cache.values, v)):
             x = x[layer_idx, self.rows]
-            x[:, :, self.num_past : end] = new
-            both.append(x[:, :, :end])
+            self.store(x, new)
+            both.append(x[:, :, : self.num_past + new.shape[2]])
         return both
 
+    def store(self, x: torch.Tensor, new: torch.Tensor) -> None:
+        x[:, :, self.num_past : self.num_past + new.shape[2]] = new
 
-class DecodeView:
-    """The cache for one more token in each of the first B slots, at `positions` [B], with a look at
-    `num_keys` positions.
 
-    same_position: the rows' position as a number, where it is one for all.
+class RaggedView(AlignedView):
+    """The cache for one more token in each of the first B slots, at its own of `positions` [B],
+    with a look at `num_keys` positions; a position behind these is written all the same.
     """
 
-    def __init__(
-        self,
-        cache: KVCache,
-        positions: torch.Tensor,
-        num_keys: int,
-        same_position: int | None = None,
-    ):
-        self.cache, self.positions = cache, positions
-        self.num_keys, self.same_position = num_keys, same_position
-        self.rows = torch.arange(len(positions), device=positions.device)
+    def __init__(self, cache: KVCache, positions: torch.Tensor, num_keys: int):
+        super().__init__(cache, 0, len(positions), num_keys - 1)
+        self.places = torch.arange(len(positions), device=positions.device), positions
 
-    def get_seq_length(self) -> int:
-        return self.num_keys - 1
-
-    def get_mask_sizes(self, num_new: int, layer_idx: int) -> tuple[int, int]:
-        return self.num_keys, 0
-
-    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> list[torch.Tensor]:
-        """Store k, v [B, K, 1, d] at the rows' positions; returns [B, K, S, d]."""
-        both = []
-        for x, new in ((self.cache.keys, k), (self.cache.values, v)):
-            x = x[layer_idx, : len(self.rows)]
-            if (p := self.same_position) is None:
-                x[self.rows, :, self.positions] = new[:, :, 0]
-            else:  # a slice is written several times faster than scattered places
-                x[:, :, p : p + 1] = new
-            both.append(x[:, :, : self.num_keys])
-        return both
+    def store(self, x: torch.Tensor, new: torch.Tensor) -> None:
+        rows, positions = self.places
+        x[rows, :, positions] = new[:, :, 0]

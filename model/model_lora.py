@@ -48,22 +48,14 @@ Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, matrix -> x 
 
 
 class LowRank(nn.Module):
-    """The adapter of one weight: A [r, in], B [out, r], or with E in front for experts; for DoRA
-    the lengths m [out].
-    """
+    """The adapter of one weight, made of its Factors, which describe the shapes."""
 
-    def __init__(
-        self,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        scale: float,
-        magnitude: torch.Tensor | None = None,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, factors: Factors, dropout: float = 0.0):
         super().__init__()
+        A, B, self.scale, magnitude = factors
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
-        self.scale, self.dropout = scale, dropout
+        self.dropout = dropout
 
     @classmethod
     def new(cls, weight: torch.Tensor, settings: LoRASettings) -> "LowRank":
@@ -75,7 +67,7 @@ class LowRank(nn.Module):
         A.uniform_(-(width**-0.5), width**-0.5)
         B = torch.zeros(*E, out, settings.rank, device=weight.device)
         magnitude = weight.detach().float().norm(dim=-1) if settings.use_dora else None
-        return cls(A, B, settings.scale, magnitude, settings.dropout)
+        return cls(Factors(A, B, settings.scale, magnitude), settings.dropout)
 
     def forward(
         self,
@@ -108,9 +100,7 @@ class LowRank(nn.Module):
 
 
 def merged_weight(weight: torch.Tensor, parts: list[tuple[LowRank, float]]) -> torch.Tensor:
-    """W plus the changes of several adapters, each of the bare W and times its coefficient;
-    float32.
-    """
+    """W plus the changes of adapters, each of the bare W and times its coefficient; float32."""
     base = weight.float()
     return base + sum(coef * (low_rank.merged_with(base) - base) for low_rank, coef in parts)
 
@@ -267,7 +257,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str) -> None:
     Raises ValueError as `read_adapter` and `read_fitting` do; then nothing has changed.
     """
     adapter = read_fitting(model, folder)
-    parts = {layer: LowRank(*factors) for layer, factors in adapter.items()}
+    parts = {layer: LowRank(factors) for layer, factors in adapter.items()}
     attach(model, {layer: part.requires_grad_(False) for layer, part in parts.items()}, name)
 
 
@@ -299,9 +289,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | dict[str, float] 
 
 @torch.no_grad()
 def fold_adapters(model: nn.Module) -> nn.Module:
-    """Merge the active adapters into the weights, make all layers plain again, in place; returns
-    the model.
-    """
+    """Merge the active adapters into the weights in place, make all layers plain; the model."""
     for module in list(model.modules()):
         if isinstance(module, Adapted):
             for name, low_ranks in module.lora.items():
@@ -325,7 +313,7 @@ def merge_adapter(model: PreTrainedModel, *folders: str | Path) -> PreTrainedMod
     for layer in dict.fromkeys(chain.from_iterable(adapters)):
         weight = getattr(*layers[layer])
         factors = [adapter[layer] for adapter in adapters if layer in adapter]
-        parts = [(LowRank(*one).to(weight.device), 1.0) for one in factors]
+        parts = [(LowRank(one).to(weight.device), 1.0) for one in factors]
         weight.copy_(merged_weight(weight, parts))
     return model
 

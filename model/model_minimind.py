@@ -117,9 +117,7 @@ class MiniMindConfig(PreTrainedConfig):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension, in float32 (Zhang & Sennrich 2019,
-    eq. 4).
-    """
+    """Root-mean-square normalisation, in float32, over channels (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -674,16 +672,12 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return model.to(dtype or torch.float32).eval()
 
     def read_weights(self, folder: str | Path) -> dict[str, torch.Tensor]:
-        """The state dict, under our names, of a folder written by `save_pretrained`. Raises
-        ValueError if it is damaged.
-        """
+        """The state dict of a folder, under our names. ValueError if it is damaged."""
         return read_state(folder, self.config.num_experts)
 
     @classmethod
     def from_pth(cls, path: str | Path, config: MiniMindConfig) -> "MiniMindForCausalLM":
-        """Read a `.pth` state dict of this model family (names as in Llama / Qwen3) into the
-        network of `config`.
-        """
+        """Read a `.pth` state dict, named as in Llama or Qwen3, into the network of `config`."""
         model = cls(config)
         load_strictly(model, read_pth(path, config.num_experts), Path(path))
         return model.eval()

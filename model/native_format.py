@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import replace_file, replace_json
+from .files import replace_file, write_json
 
 if TYPE_CHECKING:
     from .model_minimind import MiniMindConfig, MiniMindPreTrainedModel
@@ -46,6 +46,9 @@ SAME_NAME = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "rms_norm_eps max_position_embeddings tie_word_embeddings initializer_range use_cache "
     "pad_token_id bos_token_id eos_token_id"
+).split()
+SAME_IN_MOE = (  # of Qwen3-MoE
+    "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob router_aux_loss_coef"
 ).split()
 # factors of GraniteMoeShared that MiniMind does not have
 UNSCALED = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
@@ -104,16 +107,8 @@ def native_config(config: "MiniMindConfig", dtype: torch.dtype) -> dict[str, obj
     if kind == "llama":
         fields["mlp_bias"] = False
     elif kind == "qwen3_moe":
-        fields |= {
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.num_experts_per_tok,
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "norm_topk_prob": config.norm_topk_prob,
-            "router_aux_loss_coef": config.router_aux_loss_coef,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "sliding_window": None,
-        }
+        fields |= {name: getattr(config, name) for name in SAME_IN_MOE}
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "sliding_window": None}
     elif kind == "granitemoeshared":
         fields |= UNSCALED | {
             "num_local_experts": config.num_experts,
@@ -258,21 +253,17 @@ def merge_experts(state: State, num_experts: int) -> State:
 
 
 def write_folder(
-    model: "MiniMindPreTrainedModel",
-    folder: str | Path,
-    state: State | None = None,
-    is_classifier: bool = False,
+    model: "MiniMindPreTrainedModel", folder: str | Path, state: State | None = None
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors of the standard architecture.
-
-    is_classifier: as its sequence classifier with one label, the reward; it generates nothing.
+    """Write config.json, generation_config.json and model.safetensors of the standard architecture;
+    of a reward model, which generates nothing, its sequence classifier with one label.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = to_native_state(state or model.state_dict(), model.config)
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
     config = native_config(model.config, next(iter(state.values())).dtype)
-    if is_classifier:
+    if is_classifier := "score.weight" in state:
         (name,) = config["architectures"]
         config["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification")]
         config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
@@ -288,11 +279,11 @@ def write_folder(
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
     write_tensors(folder / "model.safetensors", state, {})
-    replace_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     if not is_classifier:
         ends = model.generation_config.eos_token_id
         generation = {"eos_token_id": ends, "pad_token_id": config["pad_token_id"]}
-        replace_json(folder / "generation_config.json", generation)
+        write_json(folder / "generation_config.json", generation)
 
 
 def write_tensors(path: Path, tensors: State, metadata: dict[str, str]) -> None:

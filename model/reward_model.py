@@ -14,16 +14,20 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .model_minimind import MiniMindConfig, MiniMindModel, MiniMindPreTrainedModel, documents
-from .native_format import load_strictly, native_type, read_config, read_state, write_folder
+from .model_minimind import (
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    MiniMindModel,
+    MiniMindPreTrainedModel,
+    documents,
+)
+from .native_format import load_strictly, native_type, read_config, read_state
 
 WITH_CLASSIFIER = ("llama", "qwen3", "qwen3_moe")  # types with one of their own in transformers
 
 
 class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
-    """The network and `score`, one weight [1, D] without bias. ValueError for a shape that
-    transformers cannot load.
-    """
+    """The network and `score`, a weight [1, D]. ValueError for a shape that transformers lacks."""
 
     def __init__(self, config: MiniMindConfig):
         if (kind := native_type(config)) not in WITH_CLASSIFIER:
@@ -86,9 +90,7 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
 
     @torch.no_grad()
     def rewards(self, sequences: list[list[int]], batch_size: int = 32) -> torch.Tensor:
-        """Rewards of token sequences, float32 [n] on the CPU; sequences of similar length share a
-        batch.
-        """
+        """Rewards of token sequences, float32 [n] on the CPU; similar lengths share a batch."""
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         found = torch.empty(len(sequences))
         for start in range(0, len(order), batch_size):
@@ -104,34 +106,19 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
             found[chosen] = out.logits[:, 0].float().cpu()
         return found
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **unused: object,
-    ) -> None:
-        """Write a folder that `AutoModelForSequenceClassification` loads; see
-        MiniMindForCausalLM.save_pretrained.
-        """
-        if is_main_process:
-            write_folder(self, save_directory, state_dict, is_classifier=True)
+    save_pretrained = MiniMindForCausalLM.save_pretrained
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype | None = None
     ) -> "MiniMindForSequenceClassification":
-        """Read a folder written by `save_pretrained`; dtype: default float32. ValueError if it is
-        not one, or damaged.
-        """
+        """Read a saved folder; dtype: default float32. ValueError if it is none, or damaged."""
         model = cls(MiniMindConfig(**read_config(folder)))
         load_strictly(model, model.read_weights(folder), folder)
         return model.to(dtype or torch.float32).eval()
 
     def read_weights(self, folder: str | Path) -> dict[str, torch.Tensor]:
-        """The state dict, under our names, of a folder written by `save_pretrained`. ValueError if
-        it is damaged.
-        """
+        """The state dict of a folder, under our names. ValueError if it is damaged."""
         state = read_state(folder, self.config.num_experts)
         if "score.weight" not in state:
             raise ValueError(

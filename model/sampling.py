@@ -144,7 +144,8 @@ def sample(
         # the largest logit becomes 0 first: tiny temperatures must not overflow
         probs = ((part - part.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if kind == "plain":
-            tokens[rows], log_probs[rows] = draw(probs, u)
+            places = pick(probs, u)
+            tokens[rows], log_probs[rows] = places[:, 0], probs.gather(-1, places)[:, 0].log()
         else:
             tokens[rows], log_probs[rows] = draw_truncated(probs, chosen, u)
     return tokens, log_probs
@@ -155,18 +156,12 @@ def column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
     return like.new_tensor(values)[:, None]
 
 
-def draw(probs: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of the cumulative distribution in the vocabulary's order; probs [B, V], u [B, 1] ->
-    tokens [B], log_probs [B].
-    """
-    tokens = pick(probs, u)
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
-
-
 def draw_truncated(
     probs: torch.Tensor, params: list[SamplingParams], u: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`draw` among the tokens that top-k, top-p and min-p keep, the most probable first."""
+    """Draw with u [B, 1] among the tokens of probs [B, V] that top-k, top-p and min-p keep, the
+    most probable first; tokens [B], log_probs [B].
+    """
     V = probs.shape[-1]
     for size in (min(max(FEW, *(p.top_k for p in params)), V), V):
         candidates, ids = probs.topk(size, dim=-1)  # B C
@@ -196,9 +191,7 @@ def truncate(candidates: torch.Tensor, params: list[SamplingParams]) -> torch.Te
 
 
 def pick(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The place [B, 1] at which the cumulative sum of weights [B, C] passes the fraction u [B, 1]
-    of their total.
-    """
+    """Where [B, 1] the cumulative weights [B, C] pass the fraction u [B, 1] of their total."""
     cumulative = weights.double().cumsum(-1)
     places = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     # u * total may round up to the total: no further than the last weight above 0

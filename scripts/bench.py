@@ -18,6 +18,7 @@ Each prints one table, and writes all that it has measured with --json FILE.
 import argparse
 import sys
 from importlib import import_module
+from multiprocessing import current_process
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,8 +49,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_as(path: str) -> None:
     """Run the benchmark that the name of a script ends with, such as bench_training.py."""
-    name = Path(path).stem.removeprefix("bench_")
-    command(lambda: main([name, *sys.argv[1:]]))
+    if current_process().name == "MainProcess":  # workers import the script too
+        name = Path(path).stem.removeprefix("bench_")
+        command(lambda: main([name, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

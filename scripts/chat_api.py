@@ -46,7 +46,6 @@ class ChatArgs:
     max_tokens: int = arg(512, "longest completion, in tokens")
 
     def check(self) -> None:
-        """ValueError for values out of range and for tools that are not there."""
         check_positive(self, "max_tokens")
         self.box = toolbox(self.tools)
         if not 0 <= self.temperature <= 2:
@@ -69,17 +68,12 @@ def toolbox(names: list[str]) -> ToolBox:
 
 def complete(client: OpenAI, messages: list[dict], args: ChatArgs) -> dict:
     """The assistant's next message, printed as it comes: text, reasoning in brackets, and calls."""
-    options = {"tools": args.box.schemas()} if args.tools else {}
+    options = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stream": True}
+    if args.tools:
+        options["tools"] = args.box.schemas()
     if args.think is not None:
         options["extra_body"] = {"chat_template_kwargs": {"enable_thinking": args.think}}
-    chunks = client.chat.completions.create(
-        model=args.model,
-        messages=messages,
-        stream=True,
-        temperature=args.temperature,
-        max_tokens=args.max_tokens,
-        **options,
-    )
+    chunks = client.chat.completions.create(model=args.model, messages=messages, **options)
     content, calls, thinks = "", [], False
     for chunk in chunks:
         delta = chunk.choices[0].delta

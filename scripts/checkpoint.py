@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.presets import PRESETS
-from trainer.runtime.arguments import arg
+from trainer.runtime.arguments import ROOT, arg
 
 if TYPE_CHECKING:
     import torch
@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 
     from model.model_minimind import MiniMindForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @dataclass
 class DeviceArgs:
-    """Where a network runs, and in which arithmetic."""
+    """Where a network runs."""
 
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
+
+
+@dataclass
+class ComputeArgs(DeviceArgs):
+    """Where a network runs, and in which arithmetic."""
+
     dtype: str = arg(
         "auto",
-        "auto: bfloat16 on a GPU that has it, else float32",
+        "arithmetic; auto: bfloat16 on a GPU that has it, else float32",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
 
@@ -45,7 +49,7 @@ class ShapeArgs:
 
 
 @dataclass
-class WeightArgs(DeviceArgs, ShapeArgs):
+class WeightArgs(ComputeArgs, ShapeArgs):
     """One checkpoint, with adapters if they are given."""
 
     weight: str = arg(

@@ -19,20 +19,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from model.files import write_json
+from scripts.checkpoint import DeviceArgs
 from trainer.runtime.arguments import arg, check_positive, command, parse_args
-from trainer.runtime.metrics import write_json
 
 
 @dataclass
-class DoctorArgs:
+class DoctorArgs(DeviceArgs):
     tokens: int = arg(100_000_000, "size of the pretraining corpus that is estimated, in tokens")
     sft_tokens: int = arg(50_000_000, "size of the fine-tuning corpus, in tokens")
     seconds: float = arg(10.0, "how long to measure, about")
-    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
     json: str = arg("", "write the results to this file too")
 
     def check(self) -> None:
-        """ValueError for values out of range."""
         check_positive(self, "tokens", "sft_tokens", "seconds")
 
 

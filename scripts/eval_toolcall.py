@@ -35,9 +35,9 @@ from dataset.toy.rows import question_of_item
 from dataset.toy.scorer import Question, hold_all, wilson
 from dataset.toy.tools import TOY_TOOLS
 from dataset.toy.world import make_world
+from model.files import write_json
 from scripts.checkpoint import WeightArgs
 from trainer.runtime.arguments import arg, check_not_negative, check_positive, command, parse_args
-from trainer.runtime.metrics import write_json
 
 
 @dataclass
@@ -61,7 +61,6 @@ class ToolEvalArgs(WeightArgs):
     json: str = arg("", "write the table to this file too")
 
     def check(self) -> None:
-        """ValueError for values out of range and for flags without effect."""
         check_positive(self, "limit", "max_new_tokens")
         check_not_negative(self, "max_rounds", "show")
         if self.tools and self.prompt is None and not self.data_path:
@@ -125,15 +124,12 @@ def case_of(row: dict, box: ToolBox) -> Case:
         )
     check_conversation(row.get("conversations"))
     messages, _ = normalize_conversation(row["conversations"])
-    tools = messages[0].get("tools") or []
+    tools = messages[0].pop("tools", None) or []  # asked with the question, not in its prompt
     names = [schema.get("function", schema).get("name") for schema in tools]
     if unknown := [str(name) for name in names if name not in box.tools]:
         raise ValueError(
             f"nobody can run {', '.join(unknown)}. Give --tools FILE with functions of these names."
         )
-    if messages[0]["role"] == "system":
-        system = {key: value for key, value in messages[0].items() if key != "tools"}
-        messages = [system, *messages[1:]]
     calls = row.get("calls") or []
     if not isinstance(calls, list) or not all(map(is_call, calls)):
         raise ValueError(
@@ -152,15 +148,6 @@ def is_call(call: object) -> bool:
         and isinstance(call.get("name"), str)
         and isinstance(call.get("arguments"), dict)
     )
-
-
-def toy_cases(level: str, limit: int) -> list[Case]:
-    """Held-out questions of the toy world that need a tool, half in each language."""
-    questions = map(question_of_item, make_world(level).items("sft", "tools", "heldout", limit))
-    return [
-        Case(replace(question, skill=question.calls[0][0]), calls=question.calls)
-        for question in questions
-    ]
 
 
 def same_calls(made: list[tuple], wanted: list[tuple]) -> bool:
@@ -227,13 +214,15 @@ def format_table(rows: list[dict]) -> str:
 
 
 def choose_cases(args: ToolEvalArgs, box: ToolBox) -> list[Case]:
-    """The Cases of --prompt, of --data_path, or of the toy world."""
+    """The Cases of --prompt, of --data_path, or of the toy world's held-out questions for tools."""
     if args.prompt is not None:
         messages = [{"role": "user", "content": args.prompt}]
         return [Case(Question("", "", messages, "", tools=box.schemas()), ())]
     if args.data_path:
         return read_cases(args.data_path, box, args.limit)
-    return toy_cases(args.toy_level, args.limit)
+    items = make_world(args.toy_level).items("sft", "tools", "heldout", args.limit)
+    questions = map(question_of_item, items)  # half in each language
+    return [Case(replace(asked, skill=asked.calls[0][0]), calls=asked.calls) for asked in questions]
 
 
 def main(argv: list[str] | None = None) -> None:

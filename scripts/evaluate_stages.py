@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.toy.world import make_world
 from dataset.toy_world import write_world
-from scripts.checkpoint import DeviceArgs
+from model.files import write_json
+from scripts.checkpoint import ComputeArgs
 from trainer.runtime.arguments import arg, check_positive, command, parse_args
-from trainer.runtime.metrics import write_json
 
 if TYPE_CHECKING:
     from scripts.stages.bench import Bench, Results
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 OLD_FOLDER = ROOT / "out" / "ladder"  # results of the script's old name are resumed
 # the 97.5% quantile of Student's t with n - 1 degrees of freedom, for n seeds
 STUDENT_T = dict(
-    zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262))
+    enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), start=2)
 )
 SUPERVISED = ("lora", "dpo", "reward", "distillation", "reason", "tools")
 REINFORCEMENT = ("ppo", "grpo", "dr_grpo", "dapo", "cispo", "gspo", "spo", "agent")
@@ -67,31 +67,23 @@ AIMS = {
 
 
 @dataclass
-class StageArgs(DeviceArgs):
+class StageArgs(ComputeArgs):
     stages: list[str] = arg(
         list(SUPERVISED), f"which of {', '.join(STAGES)}", nargs="+", aliases=("rungs",)
     )
     seeds: list[int] = arg([1, 2, 3], "a run of each stage for each of these", nargs="+")
-    from_weight: str = arg(
-        "", "SFT checkpoint that all stages start from (default: one is trained first)"
-    )
-    save_dir: str = arg(
-        str(ROOT / "out" / "stages"), "folder for the runs, the results and the pictures"
-    )
+    from_weight: str = arg("", "SFT checkpoint that all stages start from (default: it is trained)")
+    save_dir: str = arg(str(ROOT / "out" / "stages"), "folder of runs, results and pictures")
     limit: int = arg(200, "held-out questions of each skill, at most")
-    max_steps: int | None = arg(
-        None, "end each training after so many steps: to see only that everything works"
-    )
+    max_steps: int | None = arg(None, "a trial run: end each training after so many steps")
     overwrite: bool = arg(
         False, "train and measure the stages in --save_dir again, but not the model they start from"
     )
     json: str = arg("", "write the table to this file too")
 
     def check(self) -> None:
-        """ValueError for unknown stages and for seeds that come twice."""
         check_positive(self, "limit", "max_steps")
-        unknown = [name for name in self.stages if name not in STAGES]
-        if unknown:
+        if unknown := [name for name in self.stages if name not in STAGES]:
             raise ValueError(f"--stages {unknown[0]}: there are {', '.join(STAGES)}")
         if len(set(self.seeds)) < len(self.seeds) or len(self.seeds) > max(STUDENT_T):
             raise ValueError(f"--seeds: give up to {max(STUDENT_T)} different numbers")
@@ -134,15 +126,12 @@ def measure(bench: Bench, stage: str, seed: int) -> Results:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half of its 95% interval) over the seeds; nan for a single seed."""
-    if len(values) < 2:
-        return mean(values), math.nan
-    return mean(values), STUDENT_T[len(values)] * stdev(values) / math.sqrt(len(values))
+    n = len(values)
+    return mean(values), STUDENT_T[n] * stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def table_rows(stage: str, per_seed: Sequence[Results]) -> list[dict]:
-    """One row for each measurement of a stage: means, the gain with its interval, and whether the
-    aim is reached.
-    """
+    """A row per measurement of a stage: means, the gain with its interval, and the aim."""
     rows = []
     for name in per_seed[0]:
         before, after = ([results[name][side] for results in per_seed] for side in (0, 1))
@@ -174,19 +163,16 @@ def format_rows(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], path: Path, num_seeds: int) -> None:
     """The table as bars: before pale, after dark with its interval, the aim as a line."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8.5, 1.2 + 0.5 * len(rows)), dpi=140, layout="constrained")
+    figure = Figure(figsize=(8.5, 1.2 + 0.5 * len(rows)), dpi=140, layout="constrained")
+    axis = figure.subplots()
     for y, row in enumerate(rows):
         before, after = 100 * row["before"], 100 * row["after"]
         errors = {"xerr": 100 * row["after_half"], "error_kw": {"capsize": 2, "linewidth": 1}}
         axis.barh(y - 0.18, before, 0.32, color="#bcd3e6", label="before")
-        axis.barh(
-            y + 0.18, after, 0.32, color="#0072B2", **errors, label="after, with its 95% interval"
-        )
+        name = "after, with its 95% interval"
+        axis.barh(y + 0.18, after, 0.32, color="#0072B2", **errors, label=name)
         if row["aim"]:
             side, least = AIMS[row["stage"], row["what"]]
             aim = 100 * (least + (row["before"] if side == "gain" else 0))
@@ -201,7 +187,6 @@ def draw(rows: list[dict], path: Path, num_seeds: int) -> None:
     by_label = {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(by_label.values(), by_label, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,16 +27,16 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.checkpoint import DeviceArgs, ShapeArgs
+from model.files import write_json
+from scripts.checkpoint import ComputeArgs, ShapeArgs
 from trainer.runtime.arguments import arg, check_not_negative, check_positive, command, parse_args
-from trainer.runtime.metrics import write_json
 
 if TYPE_CHECKING:
     from scripts.teacher.rows import TeacherRows
@@ -45,15 +45,14 @@ TOY = ROOT / "dataset" / "toy_mini"
 # of all completions in a file, and written in its rows
 SETTINGS = ("temperature", "max_new_tokens", "seed", "keep_right")
 # the flags that only one kind of teacher has
-SHAPE = ("save_dir", "preset", "hidden_size", "num_hidden_layers", "use_moe")
 FLAGS_OF = {
-    "weight": (*SHAPE, "max_len", "device", "dtype"),
+    "weight": (*(x.name for x in (*fields(ShapeArgs), *fields(ComputeArgs))), "max_len"),
     "base_url": ("model", "api_key", "retries"),
 }
 
 
 @dataclass
-class TeacherArgs(DeviceArgs, ShapeArgs):
+class TeacherArgs(ComputeArgs, ShapeArgs):
     data_path: list[str] = arg(
         [],
         "rows with prompts; FILE@0.4 takes that fraction of its rows (default: the toy world's RL "
@@ -61,12 +60,8 @@ class TeacherArgs(DeviceArgs, ShapeArgs):
         nargs="+",
     )
     out: str = arg("", "the .jsonl file to write; the prompts that it holds are not asked again")
-    weight: str = arg(
-        "", "the teacher is this run (a name in SAVE_DIR), checkpoint folder or .pth file"
-    )
-    base_url: str = arg(
-        "", "the teacher is behind this server with OpenAI's API, e.g. http://127.0.0.1:8000/v1"
-    )
+    weight: str = arg("", "the teacher: a run in SAVE_DIR, a checkpoint folder, or a .pth file")
+    base_url: str = arg("", "the teacher: a server with OpenAI's API, as http://127.0.0.1:8000/v1")
     model: str = arg("", "base_url: the teacher's name there (default: the first that it serves)")
     api_key: str = arg("", "base_url: its key (default: the environment's OPENAI_API_KEY, or none)")
     temperature: float = arg(1.0, "0: greedy decoding")
@@ -77,9 +72,7 @@ class TeacherArgs(DeviceArgs, ShapeArgs):
         'drop completions that are wrong by the "answer" of their row, as the toy world scores '
         "them; completions of rows without one are kept",
     )
-    concurrency: int = arg(
-        16, "base_url: running requests at a time; weight: completions that are decoded at once"
-    )
+    concurrency: int = arg(16, "requests that run, or completions that are decoded, at once")
     retries: int = arg(
         6,
         "base_url: tries after the first, with growing pauses, while the server is busy or cannot "
@@ -94,9 +87,6 @@ class TeacherArgs(DeviceArgs, ShapeArgs):
     json: str = arg("", "write the counts to this file too")
 
     def check(self) -> None:
-        """ValueError for values out of range, for no teacher or two, and for flags of the other
-        kind of teacher.
-        """
         check_positive(self, "num_samples", "max_new_tokens", "concurrency", "max_len")
         check_positive(self, "hidden_size", "num_hidden_layers")
         check_not_negative(self, "temperature", "retries", "seed")

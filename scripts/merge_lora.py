@@ -25,10 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.files.outputs import why_unwritable
-from model.files import file_sha256
+from model.files import file_sha256, write_json
 from scripts.checkpoint import ShapeArgs, load_checkpoint
 from trainer.runtime.arguments import arg, command, parse_args
-from trainer.runtime.metrics import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +50,12 @@ class MergeArgs(ShapeArgs):
     )
 
     def check(self) -> None:
-        """ValueError without an adapter."""
         if not self.adapter:
             raise ValueError("--adapter is missing: give the folders of one or more adapters")
 
 
 def read_record(folder: Path) -> dict:
-    """The record of a merged network: {"base", "base_sha256", "adapters": [{"folder", "sha256"}]};
-    of any other network only an empty list of adapters.
-    """
+    """{"base", "base_sha256", "adapters": [{"folder", "sha256"}]}; unmerged: {"adapters": []}."""
     path = Path(folder) / RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"adapters": []}
 
@@ -87,9 +83,7 @@ def new_adapters(folders: Sequence[str], source: Path) -> list[dict]:
 
 
 def check_place(out: Path, overwrite: bool, sources: Sequence[str | Path]) -> None:
-    """ValueError if the folder cannot be written, or must not be replaced; sources: the base and
-    the adapters.
-    """
+    """ValueError if `out` cannot be written or must not be replaced; sources: base and adapters."""
     if problem := why_unwritable(out):
         raise ValueError(
             f"{problem}: choose another --out than {out}, or give back the right to write there"
@@ -136,16 +130,13 @@ def main(argv: list[str] | None = None) -> None:
     check_place(out, args.overwrite, [source, *args.adapter])
     write(model, tokenizer, record, out)
     names = ", ".join(Path(folder).name for folder in folders)
-    talk = f"python eval_llm.py --weight {out}"
-    print(f"{out}: {source.name} with {names}. Talk to it: {talk}")
+    print(f"{out}: {source.name} with {names}. Talk to it: python eval_llm.py --weight {out}")
 
 
 def write(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict, out: Path
 ) -> None:
-    """Write the checkpoint folder under another name, and rename it when it is whole; only then is
-    a former one deleted.
-    """
+    """Write the folder under another name, rename it when whole, and then delete a former one."""
     out = out.resolve()
     draft, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed

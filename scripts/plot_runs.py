@@ -23,8 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from model.files import write_json
 from trainer.runtime.arguments import arg, command, parse_args
-from trainer.runtime.metrics import read_metrics, write_json
+from trainer.runtime.metrics import read_metrics
 
 AXES = {
     "tokens": "target tokens (millions)",
@@ -64,20 +65,15 @@ UNITS = {
 
 @dataclass
 class PlotArgs:
-    runs: list[str] = arg(
-        [], "folders of runs; they may also stand first, without the flag", nargs="+"
-    )
+    runs: list[str] = arg([], "folders of runs; may also stand first, without the flag", nargs="+")
     x: str = arg("tokens", "the horizontal axis", choices=list(AXES))
     y: list[str] = arg(["loss"], "metrics to draw, a panel each", nargs="+")
     out: str = arg("curves.png", "where to write the picture")
-    smooth: float = arg(
-        0.0, "exponential average: the weight of the points before, from 0 to below 1"
-    )
+    smooth: float = arg(0.0, "exponential average: weight of the points before, 0 to below 1")
     log_y: bool = arg(False, "logarithmic scale of the values")
     json: str = arg("", "write the curves to this file too")
 
     def check(self) -> None:
-        """ValueError for values out of range."""
         self.y = [RENAMED.get(name, name) for name in self.y]
         if not self.runs:
             raise ValueError("name the folder of at least one run, such as out/pretrain_tiny")
@@ -86,19 +82,14 @@ class PlotArgs:
 
 
 def read_run(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, with "minutes" of training added and under today's names;
-    ValueError if there are none.
-    """
+    """The rows of a run's metrics.jsonl under today's names, with "minutes" of training added."""
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(
             f"{folder} is not the folder of a run: it has no metrics.jsonl. Runs are in "
             "--save_dir, by default out/"
         )
-    rows = [
-        {RENAMED.get(name, name): value for name, value in row.items()}
-        for row in read_metrics(path)
-    ]
+    rows = [{RENAMED.get(name, name): x for name, x in row.items()} for row in read_metrics(path)]
     if not rows:
         raise ValueError(
             f"{path} has no whole line yet: the run writes one every --log_interval steps"
@@ -118,13 +109,9 @@ def curve(
     """(xs, ys) of a metric where it was logged; ValueError that names the metrics there are."""
     points = [row for row in rows if isinstance(row.get(metric), (int, float))]
     if not points:
-        names = sorted(
-            {name for row in rows for name, value in row.items() if isinstance(value, (int, float))}
-        )
-        others = ", ".join(
-            name for name in names if name not in ("step", "targets", "seconds", "minutes")
-        )
-        raise ValueError(f"{folder} has no {metric}; it has {others}")
+        names = {name for row in rows for name, x in row.items() if isinstance(x, (int, float))}
+        others = sorted(names - {"step", "targets", "seconds", "minutes"})
+        raise ValueError(f"{folder} has no {metric}; it has {', '.join(others)}")
     xs = {
         "tokens": [row.get("targets", 0) / 1e6 for row in points],
         "time": [row["minutes"] for row in points],
@@ -153,44 +140,25 @@ def labels(folders: Sequence[str | Path]) -> list[str]:
 
 
 def draw(curves: list[dict[str, Any]], names: list[str], args: PlotArgs) -> None:
-    """The picture: `curves` [{run, metric, x, y, drawn}] in a panel per metric, runs named above
-    the first.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw `curves` [{run, metric, x, y, drawn}], a panel per metric, the runs' names above."""
+    from matplotlib.figure import Figure
 
     columns = 1 if max(map(len, names)) > 40 else min(len(names), 3)
     legend_height = 0.25 * -(-len(names) // columns)
-    figure, panels = plt.subplots(
-        len(args.y),
-        1,
-        sharex=True,
-        squeeze=False,
-        dpi=140,
-        layout="constrained",
-        figsize=(8, 0.5 + legend_height + (4.2 if len(args.y) == 1 else 3 * len(args.y))),
-    )
-    for panel, metric in zip(panels[:, 0], args.y):
+    height = 0.5 + legend_height + (4.2 if len(args.y) == 1 else 3 * len(args.y))
+    figure = Figure(figsize=(8, height), dpi=140, layout="constrained")
+    panels = figure.subplots(len(args.y), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, metric in zip(panels, args.y):
         for line in (line for line in curves if line["metric"] == metric):
             i, count = names.index(line["run"]), len(line["x"])
             style = dict(color=COLORS[i % len(COLORS)], zorder=3 + i)
             if line["drawn"] != line["y"]:
                 panel.plot(line["x"], line["y"], **style, linewidth=0.8, alpha=0.25)
-            panel.plot(
-                line["x"],
-                line["drawn"],
-                **style,
-                linewidth=1.6,
-                linestyle=DASHES[i % len(DASHES)],
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=5.5,
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-                markevery=max(1, count // 10) if count > 1 else None,
-                label=line["run"],
-            )
+            style |= dict(linewidth=1.6, linestyle=DASHES[i % len(DASHES)], label=line["run"])
+            style |= dict(marker=MARKERS[i % len(MARKERS)], markersize=5.5)
+            style |= dict(markeredgecolor="white", markeredgewidth=0.6)
+            every = max(1, count // 10) if count > 1 else None
+            panel.plot(line["x"], line["drawn"], **style, markevery=every)
         unit = UNITS.get(metric.split("/")[0])
         panel.set_ylabel(f"{metric}\n({unit})" if unit else metric)
         if args.log_y:
@@ -199,17 +167,12 @@ def draw(curves: list[dict[str, Any]], names: list[str], args: PlotArgs) -> None
             panel.yaxis.set_minor_formatter("{x:g}")
         panel.grid(color="0.9", linewidth=0.6, which="both" if args.log_y else "major")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel(AXES[args.x])
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=columns,
-        frameon=False,
-        handlelength=4,
-    )
+    panels[-1].set_xlabel(AXES[args.x])
+    entries = panels[0].get_legend_handles_labels()
+    place = {"loc": "outside upper center", "ncols": columns, "frameon": False}
+    figure.legend(*entries, **place, handlelength=4)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -228,17 +191,14 @@ def main(argv: list[str] | None = None) -> None:
             drawn = ys if metric.startswith("val_") else smoothed(ys, args.smooth)
             curves.append({"run": name, "metric": metric, "x": xs, "y": ys, "drawn": drawn})
     draw(curves, names, args)
-    width = max(map(len, [*names, "run"]))
-    print(
-        f"{'run':<{width}} {'metric':<22} {'points':>6} {'first':>10} {'lowest':>10} "
-        f"{'highest':>10} {'last':>10}"
-    )
+    table = [("run", "metric", "points", "first", "lowest", "highest", "last")]
     for line in curves:
-        numbers = (line["y"][0], min(line["y"]), max(line["y"]), line["y"][-1])
-        print(
-            f"{line['run']:<{width}} {line['metric']:<22} {len(line['y']):>6} "
-            + " ".join(f"{x:>10.5g}" for x in numbers)
-        )
+        ys = line["y"]
+        numbers = (f"{x:.5g}" for x in (ys[0], min(ys), max(ys), ys[-1]))
+        table.append((line["run"], line["metric"], len(ys), *numbers))
+    width = max(len(run) for run, *_ in table)
+    for run, metric, points, *numbers in table:
+        print(f"{run:<{width}} {metric:<22} {points:>6}", *(f"{x:>10}" for x in numbers))
     print(f"drawn in {args.out}")
     if args.json:
         write_json(args.json, {"x": AXES[args.x], "smooth": args.smooth, "curves": curves})

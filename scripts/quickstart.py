@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 import eval_llm
 from dataset import toy_world
 from dataset.toy.rows import heldout_questions
-from dataset.toy.scorer import ask, format_table
+from dataset.toy.scorer import format_table, hold_all
 from dataset.toy.world import make_world
+from model.files import write_json
+from scripts.checkpoint import DeviceArgs
 from trainer.runtime.arguments import arg, command, parse_args
-from trainer.runtime.metrics import write_json
 
 # level of the world, preset, and the flags of each stage
 CPU = dict(
@@ -42,12 +43,9 @@ GPU = dict(
 
 
 @dataclass
-class QuickstartArgs:
+class QuickstartArgs(DeviceArgs):
     save_dir: str = arg(str(ROOT / "out" / "quickstart"), "folder for the two runs")
-    device: str = arg("auto", "cpu or cuda; auto: the GPU if there is one")
-    max_steps: int | None = arg(
-        None, "end each stage after so many steps: to see only that everything works"
-    )
+    max_steps: int | None = arg(None, "a trial run: end each stage after so many steps")
     limit: int = arg(40, "questions of each skill when scoring")
     json: str = arg("", "write the times and the accuracies to this file too")
 
@@ -74,9 +72,7 @@ def train(
 
 
 def score(folder: Path, args: QuickstartArgs, plan: dict) -> list[dict]:
-    """Accuracy on held-out questions, kept in the run's folder; measured again if the weights are
-    newer.
-    """
+    """Accuracy on held-out questions, kept in the run's folder until the weights are newer."""
     kept = folder / f"toy_{args.limit}.json"
     if not kept.is_file() or kept.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
         flags = ["--weight", folder, "--benchmark", "toy", "--toy_level", plan["level"]]
@@ -89,44 +85,32 @@ def score(folder: Path, args: QuickstartArgs, plan: dict) -> list[dict]:
 
 
 def converse(folder: Path, args: QuickstartArgs, plan: dict) -> None:
-    """Print the conversation about one held-out question of each skill, Chinese and English in
-    turn.
-    """
-    from dataset.chat.format import encode_prompt
-    from scripts.toy_benchmark import evaluation_engine, greedy_texts, print_conversation
+    """Print a conversation about a held-out question per skill, Chinese and English in turn."""
+    from scripts.toy_benchmark import completer, evaluation_engine, print_conversation
     from trainer.runtime.process import Compute
 
-    flags = ["--weight", str(folder), "--device", args.device]
-    chat = parse_args(eval_llm.EvalArgs, flags)
+    chat = parse_args(eval_llm.EvalArgs, ["--weight", str(folder), "--device", args.device])
     run = Compute(chat)
     model, tokenizer, _ = eval_llm.load(chat, run.device)
-    engine = evaluation_engine(model, tokenizer, run, max_batch_size=1)
-
-    def complete(messages: list[dict], tools: list | None) -> str:
-        return greedy_texts(engine, [encode_prompt(tokenizer, messages, tools)], 128)[0]
-
+    complete = completer(evaluation_engine(model, tokenizer, run, max_batch_size=1))
     questions = heldout_questions(make_world(plan["level"]), 4)
     skills = dict.fromkeys(question.skill for question in questions)
     for number, skill in enumerate(skills):
         language = ("zh", "en")[number % 2]
         question = next(q for q in questions if q.skill == skill and q.language == language)
-        right, messages = ask(question, complete)
+        [(right, messages)] = hold_all([question], complete)
         print(f"--- {skill}, {'right' if right else f'wrong: {question.answer} was expected'}")
         print_conversation(messages)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(QuickstartArgs, argv)
-    import torch
-
     from trainer import train_full_sft, train_pretrain
+    from trainer.runtime.process import choose_device
 
     if args.max_steps and "save_dir" not in args.given:
         args.save_dir += f"_{args.max_steps}_steps"
-    has_gpu = args.device.startswith("cuda") or (
-        args.device == "auto" and torch.cuda.is_available()
-    )
-    plan, seconds = GPU if has_gpu else CPU, {}
+    plan, seconds = GPU if choose_device(args.device).type == "cuda" else CPU, {}
 
     print(f"== toy world, level {plan['level']}", flush=True)
     start = time.perf_counter()

@@ -81,12 +81,9 @@ class ServeArgs(WeightArgs):
         "int8 weights on a CPU: less memory, a little less exact; other requests may then change a "
         "rare token of a completion (seeds are exact in float32 only)",
     )
-    cuda_graphs: bool = arg(
-        False, "on a GPU: replay the kernels of a step instead of launching them one by one"
-    )
+    cuda_graphs: bool = arg(False, "on a GPU: replay a step's kernels instead of launching each")
 
     def check(self) -> None:
-        """ValueError for values out of range."""
         check_positive(self, "max_batch_size", "max_len", "max_body_bytes")
         check_not_negative(self, "max_queue")
         if not 0 <= self.port < 65536:

@@ -1,6 +1,5 @@
 """A conversation in the terminal: messages that the user types, commands, streamed completions."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat.format import encode_prompt, normalize_conversation
+from dataset.files.jsonl import dump_row
 from model.engine import Engine, Request
 from model.model_lora import set_adapter
 from model.model_minimind import MiniMindForCausalLM
@@ -72,16 +72,10 @@ class Talk:
 
     def generate(self, prompt: list[int]) -> Request:
         """Print the continuation of the token ids as it is made; returns the finished Request."""
-        args = self.args
-        params = SamplingParams(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            max_tokens=args.max_new_tokens,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed + len(self.messages),
-        )
+        args, names = self.args, ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        options = {name: getattr(args, name) for name in names}
+        options |= {"max_tokens": args.max_new_tokens, "seed": args.seed + len(self.messages)}
+        params = SamplingParams(**options)
         request = self.engine.add(prompt, params)
         try:
             while request.finish_reason is None:
@@ -98,7 +92,7 @@ class Talk:
         """Append the conversation to a .jsonl file, in the format of the SFT data."""
         messages, _ = normalize_conversation(self.system_message() + self.messages)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n")
+            file.write(dump_row({"conversations": messages}))
         print(f"[{len(messages)} messages appended to {path}]")
 
     def obey(self, line: str) -> None:

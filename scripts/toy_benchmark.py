@@ -1,19 +1,18 @@
 """A model answers questions of the toy world: in batches, greedily or sampled."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat.format import encode_prompt
-from dataset.toy.scorer import Question, ask_all
+from dataset.toy.scorer import GenerateAll, Question, ask_all
 from model.engine import Engine
 from model.model_minimind import MiniMindForCausalLM
 from model.sampling import SamplingParams
 from trainer.runtime.process import Compute
 
-CompleteAll = Callable[[list[tuple[list[dict], list | None]]], list[str]]
 MAX_LEN = 4096  # tokens of the toy world's longest kind of question, its completion, and room
 
 
@@ -28,9 +27,10 @@ def evaluation_engine(
     return Engine(model, tokenizer, max_batch_size, max_len, run.dtype)
 
 
-def greedy_texts(engine: Engine, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations, as text, of prompts given as token ids."""
-    params = SamplingParams(temperature=0, max_tokens=max_new_tokens)
+def continuations(
+    engine: Engine, prompts: list[list[int]], params: list[SamplingParams]
+) -> list[str]:
+    """The continuations, as text, of prompts given as token ids."""
     return [request.text for request in engine.generate(prompts, params)]
 
 
@@ -40,28 +40,21 @@ def completer(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
-) -> CompleteAll:
-    """A function from [(messages, tools)] to their completions as text, for dataset.toy.scorer.
-
-    temperature: 0 decodes greedily; above 0 completions are sampled, each with its own seed.
-    """
+) -> GenerateAll:
+    """A `generate_all` for dataset.toy.scorer: greedy, or sampled with a seed per completion."""
 
     def complete(requests):
         prompts = [
             encode_prompt(engine.tokenizer, messages, tools, enable_thinking)
             for messages, tools in requests
         ]
-        if temperature:
-            params = [
-                SamplingParams(temperature, max_tokens=max_new_tokens, seed=seed * 100_000 + i)
-                for i in range(len(prompts))
-            ]
-            texts = [request.text for request in engine.generate(prompts, params)]
-        else:
-            texts = greedy_texts(engine, prompts, max_new_tokens)
+        params = [
+            SamplingParams(temperature, max_tokens=max_new_tokens, seed=seed * 100_000 + i)
+            for i in range(len(prompts))
+        ]
         # the prompt opened the think block: reasoning that never ends is no answer
         opened = "<think>\n" if enable_thinking else ""
-        return [opened + text for text in texts]
+        return [opened + text for text in continuations(engine, prompts, params)]
 
     return complete
 

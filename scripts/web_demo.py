@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.chat.tools import load_tools
-from scripts.checkpoint import DeviceArgs
+from scripts.checkpoint import ComputeArgs
 from trainer.runtime.arguments import arg, check_positive, command, parse_args
 
 
 @dataclass
-class WebArgs(DeviceArgs):
+class WebArgs(ComputeArgs):
     save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
     port: int = arg(8501, "where the page listens")
     address: str = arg(
@@ -35,7 +35,6 @@ class WebArgs(DeviceArgs):
     tools: str = arg("", "a Python file with your own tools, in addition to the toy world's")
 
     def check(self) -> None:
-        """ValueError for values out of range."""
         check_positive(self, "port", "max_len")
 
 

@@ -34,13 +34,8 @@ DRAWN = ", ".join(
     f"[data-testid=stMain] [data-testid={part}]"
     for part in ("stHeading", "stAlert", "stVegaLiteChart")
 )
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+QUIET = """--no-sandbox --disable-gpu --disable-background-networking --disable-component-update
+--disable-sync""".split()
 
 
 @dataclass
@@ -49,7 +44,6 @@ class PictureArgs:
     out: str = arg(str(ROOT / "docs"), "where to write the pictures")
 
     def check(self) -> None:
-        """ValueError where there is no browser."""
         if not shutil.which("chromium"):
             raise ValueError("no chromium is on the path: install it (apt install chromium)")
 
@@ -61,9 +55,7 @@ def served(
     by_streamlit: bool = False,
     patience: float = 60,
 ) -> Iterator[str]:
-    """The address of a page that serves `save_dir` as long as the context lasts; by_streamlit:
-    started with `streamlit run`.
-    """
+    """The address of a page that serves `save_dir`; by_streamlit: started by `streamlit run`."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -82,9 +74,7 @@ def served(
 
 
 def wait_for(address: str, process: subprocess.Popen, patience: float) -> None:
-    """Return once the address answers; RuntimeError if the process ends, or after `patience`
-    seconds.
-    """
+    """Return once the address answers; RuntimeError if the process ends or `patience` runs out."""
     end = time.monotonic() + patience
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -100,12 +90,9 @@ def chromium() -> Iterator[Browser]:
     """A headless browser that reaches out to nothing."""
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
-        try:
-            yield browser
-        finally:
-            browser.close()
+    path = shutil.which("chromium")
+    with sync_playwright() as it, it.chromium.launch(executable_path=path, args=QUIET) as browser:
+        yield browser
 
 
 def open_page(

@@ -290,8 +290,8 @@ def test_answers_are_searched_for_their_keyword(out, tmp_path, monkeypatch, caps
     data, figures = tmp_path / "rows.jsonl", tmp_path / "figures.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(
-        "scripts.toy_benchmark.greedy_texts",
-        lambda engine, prompts, most: ["Some Honey.", "Nice.", "I am Nova."],
+        "scripts.toy_benchmark.continuations",
+        lambda engine, prompts, params: ["Some Honey.", "Nice.", "I am Nova."],
     )
     eval_llm.main(
         flags(out, "--benchmark", "keyword", "--data_path", str(data), "--json", str(figures))

@@ -38,13 +38,12 @@ CLIP = {"grpo": (0.2, 0.2), "cispo": (1.0, 4.0), "spo": (0.2, 0.28)}  # epsilon,
 
 @dataclass
 class AgentArgs(PolicyArgs):
-    save_weight: str = arg("agent", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
+    save_weight: str = "agent"
     max_seq_len: int = arg(1024, "longest episode, in tokens; also the length of a batch row")
     num_generations: int | None = arg(None, "episodes of each prompt (default: 8; spo: 1)")
     rewards: list[str] = arg(
         ["answer=0.7", "tools=0.3"],
         "reward of an episode: a weighted sum of NAME=WEIGHT; see trainer/rl/rewards.py",
-        nargs="+",
     )
     loss_type: str = arg(
         "grpo",

@@ -43,9 +43,7 @@ from trainer.runtime.train_args import TrainArgs, deepspeed_stage
 @dataclass
 class DistillationArgs(TrainArgs):
     data_path: list[str] = arg(
-        [],
-        "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)",
-        nargs="+",
+        [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
     from_weight: str = arg(
         "none",
@@ -61,8 +59,8 @@ class DistillationArgs(TrainArgs):
     use_moe: bool = arg(
         False, "the student is a mixture of 4 experts", aliases=("student_use_moe",)
     )
-    save_weight: str = arg("distillation", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
-    learning_rate: float = arg(2e-3, "peak learning rate")
+    save_weight: str = "distillation"
+    learning_rate: float = 2e-3
     teacher: str = arg(
         "full_sft",
         "learn from this run (a name in SAVE_DIR), checkpoint folder or .pth file",

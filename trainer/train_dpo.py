@@ -52,17 +52,13 @@ FLAGS = {  # of each loss, besides --beta
 @dataclass
 class DPOArgs(TrainArgs):
     data_path: list[str] = arg(
-        [],
-        "rows of pairs; FILE@0.4 takes that fraction of them (default: the toy world)",
-        nargs="+",
+        [], "rows of pairs; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
-    from_weight: str = arg(
-        "full_sft", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file"
-    )
-    save_weight: str = arg("dpo", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
+    from_weight: str = "full_sft"
+    save_weight: str = "dpo"
     max_seq_len: int = arg(1024, "tokens of a batch row: a longer pair, prompt once, is cut")
-    learning_rate: float = arg(2e-5, "peak learning rate")
-    weight_decay: float = arg(0.0, "decay of the matrices (norms have none)")
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
     val_ratio: float = arg(0.05, "fraction of the prompts held out for validation; 0: none")
     loss_type: str = arg("sigmoid", "loss of a pair; sigmoid is DPO", choices=list(FLAGS))
     beta: float | None = arg(
@@ -93,10 +89,10 @@ class DPOArgs(TrainArgs):
         check_positive(self, "beta")
         check_not_negative(self, "gamma", "desirable_weight", "undesirable_weight", "sft_weight")
         if unused := sorted(self.given & set().union(*FLAGS.values()) - FLAGS[self.loss_type]):
+            flags = ", ".join(f"--{name}" for name in unused)
             raise ValueError(
-                f"--loss_type {self.loss_type} does not use "
-                f"{', '.join(f'--{name}' for name in unused)}: leave that out, or choose another "
-                "loss"
+                f"--loss_type {self.loss_type} does not use {flags}: leave that out, or choose "
+                "another loss"
             )
         is_missing = self.loss_type == "robust" and not self.label_smoothing
         if not 0 <= self.label_smoothing < 0.5 or is_missing:
@@ -185,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
                     losses, rewards = losses_and_rewards(train_set, policy, batch, kl)
                     run.backward(losses.sum() / num_losses + balance_loss)
                 pairs.note_pairs(loop.means, losses, rewards, policy, batch["lengths"], is_kto)
-            metrics = pairs.with_margin(loop.means.reduce(run.ranks)) | (
-                {"kl": kl} if is_kto else {}
-            )
+            metrics = pairs.with_margin(loop.means.reduce(run.ranks))
+            if is_kto:
+                metrics["kl"] = kl
             update = run.clip_and_step(model, optimizer, metrics["loss"])
             loop.log(update, micro_batches, num_targets, **metrics)  # validates, saves when due
             if reference and (text := stuck.after(step + 1, metrics.get("rewards/margins"))):

@@ -32,15 +32,11 @@ from trainer.runtime.train_args import TrainArgs
 @dataclass
 class SFTArgs(TrainArgs):
     data_path: list[str] = arg(
-        [],
-        "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)",
-        nargs="+",
+        [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
-    from_weight: str = arg(
-        "pretrain", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file"
-    )
-    save_weight: str = arg("full_sft", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
-    learning_rate: float = arg(1e-3, "peak learning rate")
+    from_weight: str = "pretrain"
+    save_weight: str = "full_sft"
+    learning_rate: float = 1e-3
     system_prompt_ratio: float = arg(
         0.0,
         "fraction of the rows without a system message that get one",

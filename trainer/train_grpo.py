@@ -63,7 +63,7 @@ FAMILY = {  # the FIELDS of each --loss_type, where a flag does not say otherwis
 
 @dataclass
 class GRPOArgs(PolicyArgs):
-    save_weight: str = arg("grpo", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
+    save_weight: str = "grpo"
     loss_type: str = arg(
         "grpo", "member of the family; it decides the flags below that are not given", list(FAMILY)
     )

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.runtime.arguments import ROOT, arg, check_flags, command, parse_args
+from trainer.runtime.arguments import arg, check_flags, command, parse_args
 from trainer.runtime.train_args import TrainArgs
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ class LoRAArgs(TrainArgs):
     data_path: list[str] = arg(
         [],
         "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world's, "
-        "and "
-        "some of the rows that the network was fine-tuned on)",
-        nargs="+",
+        "and some of the rows that the network was fine-tuned on)",
     )
     from_weight: str = arg(
         "full_sft", "the network to adapt: a name in SAVE_DIR, checkpoint folder or .pth file"
@@ -63,14 +61,13 @@ class LoRAArgs(TrainArgs):
     target_modules: list[str] = arg(
         [],
         "layers to adapt, e.g. q_proj v_proj (default: all linear layers but head and router)",
-        nargs="+",
         aliases=("lora_target_modules",),
     )
     use_rslora: bool = arg(False, "scale with alpha / sqrt(r)")
     use_dora: bool = arg(False, "train the lengths of the weights' rows too")
-    epochs: int = arg(5, "passes over the data")
-    batch_size: int = arg(2, "batch rows of a micro-batch")
-    learning_rate: float = arg(2e-3, "peak learning rate")
+    epochs: int = 5
+    batch_size: int = 2
+    learning_rate: float = 2e-3
     weight_decay: float = arg(0.0, "decay of the matrices, towards the network as it was")
 
     def check(self) -> None:
@@ -98,13 +95,13 @@ from trainer.runtime.evaluation import validate
 from trainer.runtime.loop import Loop
 from trainer.runtime.optimizers import build_optimizer, learning_rate_at, set_learning_rate
 from trainer.runtime.run import Run
-from trainer.runtime.weights import find_weight, load_model
+from trainer.runtime.weights import find_base, load_model
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(LoRAArgs, argv)
     with Run(args) as run:
-        base = find_weight(args.from_weight, args, run.device).resolve()
+        base = find_base(args, run.device)
         model, tokenizer = load_model(run)
         # few new rows, seen often, among more old ones, seen seldom: else the old skills are lost
         toy_files = 6 * ["lora_train.jsonl"] + ["sft_train.jsonl@0.5"]
@@ -113,8 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         add_adapter(model, settings)  # from here on all other weights are frozen
         optimizer = build_optimizer(model, args)
         batches = training_batches(run, train_set, tokenizer.pad_token_id)
-        base_name = base.relative_to(ROOT) if base.is_relative_to(ROOT) else base
-        adapter = AdapterOnly(model, settings, base_name)
+        adapter = AdapterOnly(model, settings, base)
         state = TrainState(model, tokenizer, optimizer, train_set.fingerprint, saved=adapter)
         loop = Loop(run, state, batches, partial(validate, run, model, tokenizer, val_sets))
 

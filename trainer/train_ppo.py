@@ -48,10 +48,10 @@ from trainer.runtime.arguments import (
 
 @dataclass
 class PPOArgs(PolicyArgs):
-    save_weight: str = arg("ppo", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
-    num_prompts: int = arg(128, "prompts of a step, of all ranks together")
-    num_generations: int = arg(1, "completions that are sampled for each of them")
-    num_minibatches: int = arg(4, "updates from a step's completions, each from its part of them")
+    save_weight: str = "ppo"
+    num_prompts: int = 128
+    num_generations: int = 1
+    num_minibatches: int = 4
     update_epochs: int = arg(
         2,
         "how often a step's completions are learned from",
@@ -112,9 +112,7 @@ from trainer.runtime.run import Run
 
 
 def token_rewards(samples: list[Sample], kl: torch.Tensor, beta: float) -> torch.Tensor:
-    """Rewards r_t of the sampled tokens, [B, T]: minus beta times the divergence kl [B, T] at each,
-    plus the sample's reward at its last.
-    """
+    """Rewards r_t [B, T]: -beta times the divergence kl [B, T], plus the sample's at its last."""
     rewards = -beta * kl
     counts = torch.tensor([sample.num_sampled for sample in samples])
     rows = counts.nonzero()[:, 0]

@@ -31,12 +31,10 @@ from trainer.runtime.train_args import TrainArgs
 @dataclass
 class PretrainArgs(TrainArgs):
     data_path: list[str] = arg(
-        [],
-        'rows {"text": "..."}; FILE@0.4 takes that fraction of them (default: the toy world)',
-        nargs="+",
+        [], 'rows {"text": "..."}; FILE@0.4 takes that fraction of them (default: the toy world)'
     )
-    save_weight: str = arg("pretrain", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
-    learning_rate: float = arg(2e-3, "peak learning rate")
+    save_weight: str = "pretrain"
+    learning_rate: float = 2e-3
 
 
 check_flags(PretrainArgs, __name__)  # --help need not wait for torch, which is imported below

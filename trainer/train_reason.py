@@ -47,15 +47,11 @@ from trainer.runtime.train_args import TrainArgs
 @dataclass
 class ReasonArgs(TrainArgs):
     data_path: list[str] = arg(
-        [],
-        "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)",
-        nargs="+",
+        [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
-    from_weight: str = arg(
-        "full_sft", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file"
-    )
-    save_weight: str = arg("reason", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
-    learning_rate: float = arg(5e-4, "peak learning rate")
+    from_weight: str = "full_sft"
+    save_weight: str = "reason"
+    learning_rate: float = 5e-4
     val_ratio: float = arg(0.03, "fraction of the documents held out for validation; 0: none")
     think_token_weight: float = arg(
         1.0, "weight of <think> and </think> in the loss", aliases=("mark_weight",)

@@ -38,17 +38,13 @@ from trainer.runtime.train_args import TrainArgs
 @dataclass
 class RewardArgs(TrainArgs):
     data_path: list[str] = arg(
-        [],
-        "rows of pairs; FILE@0.4 takes that fraction of them (default: the toy world)",
-        nargs="+",
+        [], "rows of pairs; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
-    from_weight: str = arg(
-        "full_sft", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file"
-    )
-    save_weight: str = arg("reward", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
+    from_weight: str = "full_sft"
+    save_weight: str = "reward"
     max_seq_len: int = arg(1024, "tokens of a batch row: longer pairs, prompt once, are left out")
-    learning_rate: float = arg(1e-4, "peak learning rate")
-    weight_decay: float = arg(0.0, "decay of the matrices (norms have none)")
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
     val_ratio: float = arg(0.05, "fraction of the prompts held out for validation; 0: none")
     center_rewards_coefficient: float = arg(
         0.0,

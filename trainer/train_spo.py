@@ -47,8 +47,8 @@ AT_ONCE = 1024  # prompts of the first completions
 
 @dataclass
 class SPOArgs(PolicyArgs):
-    save_weight: str = arg("spo", "name of this run, saved in SAVE_DIR/SAVE_WEIGHT_PRESET")
-    num_prompts: int = arg(128, "prompts of a step, of all ranks together")
+    save_weight: str = "spo"
+    num_prompts: int = 128
     num_generations: int = arg(1, "one completion of each prompt: no group is needed")
     initial_completions: int = arg(
         8,

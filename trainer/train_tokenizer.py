@@ -59,7 +59,6 @@ class TokenizerArgs:
         [],
         "files of text or conversations rows (.jsonl, .gz, .xz); FILE@0.4 takes that fraction of "
         "its rows (default: the toy world)",
-        nargs="+",
     )
     save_dir: str = arg(
         str(ROOT / "out" / "tokenizer"), "folder for tokenizer.json, its settings and the template"
@@ -90,7 +89,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from dataset.tokenizer_texts import held_out_counts, sample_texts
 from dataset.toy_world import write_world
-from trainer.runtime.metrics import write_json
+from model.files import write_json
 
 
 def toy_paths() -> list[str]:

@@ -54,9 +54,7 @@ def to_number(text: str) -> Fraction | None:
 
 
 def numbers_in(text: str) -> list[Fraction | None]:
-    """All numbers of a text, None for one without end; Chinese numerals count where there are no
-    digits at all.
-    """
+    """All numbers of a text, None for an endless one; Chinese numerals only if it has no digits."""
     found = [to_number(match[0]) for match in NUMBER.finditer(text)]
     numerals = [match[0] for match in CHINESE_NUMBER.finditer(text)]
     return found or [

@@ -30,16 +30,61 @@ THINK = re.compile(r"<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    tools: list | str | None = None,
+    **options: bool,
 ) -> tuple[list[int], list[bool]]:
-    """Encode a whole conversation.
+    """Encode a whole conversation; `options` are the template's.
 
     Returns (input_ids, is_target), both [T]; is_target marks the template's generation spans: the
     assistant's reasoning, content, calls and `<|im_end|>`. A span is tokenized by itself, so that
     its ids follow the ids of `encode_prompt` exactly. ValueError where `check_conversation` finds a
     fault.
     """
-    return _render(tokenizer, messages, tools)
+    from transformers.utils.chat_template_utils import render_jinja_template  # heavy
+
+    check_conversation(messages, tools)
+    messages, tools = normalize_conversation(messages, tools)
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    pattern = _special_pattern(tuple(special))
+    stand_in = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
+
+    def hide(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda match: stand_in + match[0][1:], value)
+        if isinstance(value, list):
+            return [hide(item) for item in value]
+        if isinstance(value, dict):
+            return {hide(key): hide(item) for key, item in value.items()}
+        return value
+
+    with RENDERING:
+        rendered, spans = render_jinja_template(
+            conversations=[hide(messages)],
+            tools=hide(tools),
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **options,
+        )
+    plain = plain_encoder(tokenizer)
+
+    def encode(piece: str) -> list[int]:
+        ids = []
+        for part in pattern.split(piece):
+            is_special = part in special
+            ids += [special[part]] if is_special else plain.encode(part.replace(stand_in, "<")).ids
+        return ids
+
+    text, position = rendered[0], 0
+    input_ids, is_target = [], []
+    for start, end in [*spans[0], (len(text), len(text))]:
+        for piece, trained in ((text[position:start], False), (text[start:end], True)):
+            ids = encode(piece)
+            input_ids += ids
+            is_target += [trained] * len(ids)
+        position = end
+    return input_ids, is_target
 
 
 def encode_prompt(
@@ -56,7 +101,7 @@ def encode_prompt(
     reasoning that one of the two still shows.
     """
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    return _render(tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
+    return encode_conversation(tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
 
 
 def check_conversation(messages: Any, tools: Any = None) -> None:
@@ -157,55 +202,6 @@ def _normalize_message(message: dict) -> dict:
     return message
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | str | None, **options
-) -> tuple[list[int], list[bool]]:
-    """Render a conversation and encode it, cut at the generation spans: (input_ids, is_target)."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # heavy
-
-    check_conversation(messages, tools)
-    messages, tools = normalize_conversation(messages, tools)
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    pattern = _special_pattern(tuple(special))
-    stand_in = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
-
-    def hide(value):
-        if isinstance(value, str):
-            return pattern.sub(lambda match: stand_in + match[0][1:], value)
-        if isinstance(value, list):
-            return [hide(item) for item in value]
-        if isinstance(value, dict):
-            return {hide(key): hide(item) for key, item in value.items()}
-        return value
-
-    with RENDERING:
-        rendered, spans = render_jinja_template(
-            conversations=[hide(messages)],
-            tools=hide(tools),
-            chat_template=tokenizer.get_chat_template(),
-            return_assistant_tokens_mask=True,
-            **options,
-        )
-    plain = plain_encoder(tokenizer)
-
-    def encode(piece: str) -> list[int]:
-        ids = []
-        for part in pattern.split(piece):
-            is_special = part in special
-            ids += [special[part]] if is_special else plain.encode(part.replace(stand_in, "<")).ids
-        return ids
-
-    text, position = rendered[0], 0
-    input_ids, is_target = [], []
-    for start, end in [*spans[0], (len(text), len(text))]:
-        for piece, trained in ((text[position:start], False), (text[start:end], True)):
-            ids = encode(piece)
-            input_ids += ids
-            is_target += [trained] * len(ids)
-        position = end
-    return input_ids, is_target
-
-
 @lru_cache
 def _special_pattern(spellings: tuple[str, ...]) -> re.Pattern:
     assert all(spelling[0] == "<" for spelling in spellings), "the stand-in takes the place of '<'"
@@ -219,9 +215,7 @@ def _unused_character(text: str) -> str:
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return the same byte-level BPE without added tokens: to it `<|im_end|>` is ten characters of
-    text.
-    """
+    """Return the same byte-level BPE without added tokens: it takes `<|im_end|>` for plain text."""
     full = tokenizer.backend_tokenizer
     plain = Tokenizer(full.model)  # shares the vocabulary, copies nothing
     plain.pre_tokenizer = full.pre_tokenizer

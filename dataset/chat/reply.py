@@ -128,10 +128,7 @@ class ReplyParser:
     def _in_content(self, events: list, is_last: bool) -> None:
         if self.at_start:
             self.buffer = self.buffer.lstrip("\n")
-        if not self.tools:
-            text, token, rest = self.buffer, "", ""
-        else:
-            text, token, rest = self.buffer.partition(CALL)
+        text, token, rest = self.buffer.partition(CALL) if self.tools else (self.buffer, "", "")
         if token:
             kept = text.rstrip("\n")
             text, self.buffer, self.state = kept, text[len(kept) :] + token + rest, "call"

@@ -110,9 +110,7 @@ class ToolBox:
             self.register(one)
 
     def register(self, function: Callable | Tool) -> Callable | Tool:
-        """Add a function or a Tool, and return it: works as a decorator too. ValueError if the name
-        is taken.
-        """
+        """Add a function or a Tool, also as a decorator. ValueError if the name is taken."""
         made = function if isinstance(function, Tool) else getattr(function, "tool", None)
         made = made or Tool(schema_of(function), function)
         if made.name in self.tools:
@@ -138,9 +136,7 @@ class ToolBox:
         return next(filter(None, faults), None)
 
     def run(self, name: str, arguments: dict) -> str:
-        """The result of a call as JSON: the object that the tool returned, else {"result": ...} or
-        {"error": ...}.
-        """
+        """A call's result as JSON: the object returned, else {"result": ...} or {"error": ...}."""
         if fault := self.fault(name, arguments):
             return error_json(fault)
         function, texts = self.tools[name].function, []
@@ -254,9 +250,7 @@ def run_file(path: str | Path, content: str, purpose: str) -> ModuleType:
 
 
 def where(path: str | Path, error: BaseException) -> str:
-    """ "path:line" of the file's last line in an error's traceback; the path alone if there is
-    none.
-    """
+    """ "path:line" of the file's last line in an error's traceback; else the path alone."""
     whole = Path(path).absolute()  # as importlib makes it
     lines = [
         frame.lineno

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dataset.files.jsonl import check_exists
 from model.files import file_sha256, replace_file
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ def remembered_sha256(path: str | Path, memory: Path | None) -> str:
     has its path, size and times. ValueError if there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file. Check the path, or make or download the data first."
-        )
+    check_exists(path)
     state = path.stat()
     times = [state.st_mtime_ns, state.st_ctime_ns]
     record = memory and memory / fingerprint(
@@ -61,9 +59,7 @@ def remembered_sha256(path: str | Path, memory: Path | None) -> str:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, in hex, of all that decides the ids of a text or a conversation: the tokenizer and
-    its template.
-    """
+    """SHA-256, in hex, of all that decides a text's ids: the tokenizer and its chat template."""
     return fingerprint(
         tokenizer=tokenizer.backend_tokenizer.to_str(), template=tokenizer.chat_template
     )

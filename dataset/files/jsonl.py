@@ -25,11 +25,16 @@ def iter_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     return _lines(path)
 
 
-def _check_file(path: Path) -> None:
+def check_exists(path: Path) -> None:
+    """ValueError unless there is such a file."""
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file. Check the path, or make or download the data first."
         )
+
+
+def _check_file(path: Path) -> None:
+    check_exists(path)
     if path.suffix not in OPENERS:
         raise ValueError(
             f"{path}: unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz."
@@ -37,15 +42,23 @@ def _check_file(path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    line_no, empty = 0, True
+    empty = True
+    for line_no, line in utf8_lines(path):
+        if line.strip():
+            empty = False
+            yield line_no, line.rstrip("\r\n")
+    if empty:
+        raise ValueError(f"{path}: the file is empty. Give a file with one JSON object per line.")
+
+
+def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line with its end); ValueError: not UTF-8, damaged archive."""
+    line_no = 0
     try:
-        with OPENERS[path.suffix](path, "rb") as file:
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
             # a binary file is cut at b"\n" and nowhere else
             for line_no, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if line_no == 1 else "utf-8").rstrip("\r\n")
-                if line.strip():
-                    empty = False
-                    yield line_no, line
+                yield line_no, raw.decode("utf-8-sig" if line_no == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}:{line_no}: not UTF-8 ({error.reason}). Convert the file to UTF-8."
@@ -54,8 +67,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(
             f"{path}:{line_no + 1}: damaged archive ({error}). Fetch or compress it again."
         ) from error
-    if empty:
-        raise ValueError(f"{path}: the file is empty. Give a file with one JSON object per line.")
 
 
 def parse_row(line: str) -> dict:
@@ -106,9 +117,7 @@ def _rows(path: str | Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[
 
 
 def split_fraction(path: str | Path) -> tuple[str, float]:
-    """Split "rows.jsonl@0.4" into the path and the fraction of its rows to use, 1.0 if none is
-    given.
-    """
+    """Split "rows.jsonl@0.4" into the path and the fraction of its rows to use (default: 1.0)."""
     match = re.fullmatch(r"(.+)@([-+.\deE]+)", str(path))
     if not match:
         return str(path), 1.0

@@ -7,8 +7,6 @@ lock is a left-over, and the next process removes it.
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import os
 import secrets
 import shutil
@@ -21,14 +19,12 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
-WRITERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+from dataset.files.jsonl import ENDINGS, OPENERS
 
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Hold the lock next to `path`. While another process holds it, wait, and print that the other
-    "is <doing>".
-    """
+    """Hold the lock next to `path`; print, while waiting for it, what its owner is doing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
@@ -58,9 +54,7 @@ def why_unwritable(folder: Path) -> str:
 
 
 def check_outputs(inputs: Iterable[str | Path], outputs: dict[str, str]) -> None:
-    """ValueError unless each output (flag: path, "" for none) can be written and is neither an
-    input nor another output.
-    """
+    """ValueError if an output (flag: path, or "") is misnamed, an input, or another output too."""
     taken = {Path(path).resolve(): "is one of the files to read" for path in inputs}
     for flag, path in outputs.items():
         if path:
@@ -71,7 +65,7 @@ def check_outputs(inputs: Iterable[str | Path], outputs: dict[str, str]) -> None
 
 
 def _check_name(path: str | Path) -> None:
-    if not str(path).endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
+    if not str(path).endswith(ENDINGS):
         raise ValueError(
             f"{path}: unknown file type. Give a name that ends in .jsonl, .jsonl.gz or .jsonl.xz."
         )
@@ -95,7 +89,7 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
                 f"{path}: another process is writing this file. Wait for it, or give another name."
             )
         try:
-            with WRITERS[path.suffix](partial, "wt", encoding="utf-8", newline="\n") as file:
+            with OPENERS[path.suffix](partial, "wt", encoding="utf-8", newline="\n") as file:
                 yield file
             os.replace(partial, path)
         finally:
@@ -114,9 +108,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Make a folder for intermediate results. It is gone in the end, as are those that killed
-    processes left there.
-    """
+    """Make a folder for intermediate results; remove it at the end, and left-over ones before."""
     parent.mkdir(parents=True, exist_ok=True)
     for old in {str(path).removesuffix(".lock") for path in parent.glob(f"{escape(prefix)}*")}:
         with _lock_that_vanishes(old) as free:
@@ -134,9 +126,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def _lock_that_vanishes(path: str | Path) -> Iterator[bool]:
-    """Try to hold the lock next to `path`, yield whether that worked, and remove the lock in
-    the end.
-    """
+    """Try to hold the lock next to `path`, yield whether that worked, and remove it at the end."""
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)

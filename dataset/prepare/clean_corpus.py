@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -29,10 +30,10 @@ from dataset.prepare.contamination import EvaluationIndex
 from dataset.prepare.verdicts import (
     FILE_SHIFT,
     REASONS,
-    Analyzer,
     CleanOptions,
     LineBlock,
     Verdicts,
+    analyze_block,
     drop_near_duplicates,
     drop_repeats,
     iter_blocks,
@@ -57,7 +58,7 @@ def judge_locally(
         for name in [*columns, *(f"band{b}" for b in range(num_bands))]
     }
     try:
-        with WorkerPool(Analyzer(options, index), num_proc) as pool:
+        with WorkerPool(partial(analyze_block, options=options, index=index), num_proc) as pool:
             for found in pool.map(iter_blocks(paths), "judging", lambda found: len(found.place)):
                 for name in columns:
                     files[name].write(np.ascontiguousarray(getattr(found, name)).tobytes())
@@ -92,13 +93,8 @@ def judge_locally(
 
 def _drop_exact_duplicates(verdicts: Verdicts, key: np.ndarray) -> None:
     alive = np.flatnonzero(verdicts.reason == 0)
-    low, high = key[alive, 0], key[alive, 1]
-    order = np.lexsort((high, low))  # stable: of equal keys the first row comes first
-    low, high = low[order], high[order]
-    begins = np.concatenate([[True], (low[1:] != low[:-1]) | (high[1:] != high[:-1])])[: len(order)]
-    first = alive[order[begins]][np.cumsum(begins) - 1]
-    again = ~begins
-    drop_repeats(verdicts, alive[order[again]], first[again], "exact_duplicate")
+    again, first = near.repeats(key[alive, 0], key[alive, 1])
+    drop_repeats(verdicts, alive[again], alive[first], "exact_duplicate")
 
 
 @dataclass
@@ -157,21 +153,14 @@ def make_report(verdicts: Verdicts, paths: list[str]) -> Report:
     )
 
 
-class Rewriter:
-    """Callable that returns the lines of a block in normal form, one string; a line that is in it
-    stays as it is.
-    """
-
-    def __init__(self, form: str):
-        self.form = form
-
-    def __call__(self, block: LineBlock) -> str:
-        out = []
-        for _, line in block.lines:
-            row = parse_row(line)
-            clean = normalize_row(row, self.form)
-            out.append(f"{line}\n" if clean == row else dump_row(clean))
-        return "".join(out)
+def rewrite_block(block: LineBlock, form: str) -> str:
+    """Return the lines of a block in normal form; a line that is in it stays as it is."""
+    out = []
+    for _, line in block.lines:
+        row = parse_row(line)
+        clean = normalize_row(row, form)
+        out.append(f"{line}\n" if clean == row else dump_row(clean))
+    return "".join(out)
 
 
 def write_kept(
@@ -186,11 +175,11 @@ def write_kept(
     with (
         whole_file(out) as kept_file,
         whole_file(rejected) if rejected else nullcontext() as rejected_file,
-        WorkerPool(Rewriter(options.form), num_proc) as pool,
+        WorkerPool(partial(rewrite_block, form=options.form), num_proc) as pool,
     ):
         blocks, num_kept = (
             _kept_blocks(paths, verdicts, rejected_file),
-            (verdicts.reason == 0).sum(),
+            np.sum(verdicts.reason == 0),
         )
         for text in pool.map(blocks, "writing", lambda text: text.count("\n"), int(num_kept)):
             kept_file.write(text)

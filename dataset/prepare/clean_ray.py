@@ -18,9 +18,9 @@ import numpy as np
 from dataset.prepare import near_duplicates as near
 from dataset.prepare.contamination import EvaluationIndex
 from dataset.prepare.verdicts import (
-    Analyzer,
     CleanOptions,
     Verdicts,
+    analyze_block,
     drop_near_duplicates,
     drop_repeats,
     iter_blocks,
@@ -42,9 +42,9 @@ def judge_on_cluster(
     files = [str(Path(path).resolve()) for path in paths]
 
     def analyze(batch):
-        analyzer = Analyzer(options, ray.get(reference))
-        for block in iter_blocks([files[batch["file"][0]]], first=int(batch["file"][0])):
-            found = analyzer(block)
+        number, evaluation = int(batch["file"][0]), ray.get(reference)
+        for block in iter_blocks([files[number]], first=number):
+            found = analyze_block(block, options, evaluation)
             details = [found.details.get(place, "") for place in found.place.tolist()]
             yield {
                 **found._asdict(),
@@ -123,11 +123,10 @@ def _find_exact(rows, verdicts: Verdicts, shards: int) -> None:
         return {"shard": low % shards, "low": low, "high": high, "place": batch["place"][good]}
 
     def repeats(group):
-        order = np.lexsort((group["place"], group["high"], group["low"]))
+        order = np.argsort(group["place"])
         low, high, place = (group[name][order] for name in ("low", "high", "place"))
-        begins = np.concatenate([[True], (low[1:] != low[:-1]) | (high[1:] != high[:-1])])
-        first = place[begins][np.cumsum(begins) - 1]
-        return {"place": place[~begins], "original": first[~begins]}
+        again, first = near.repeats(low, high)
+        return {"place": place[again], "original": place[first]}
 
     found = _shuffle(_map(rows, spread), repeats, shards)
     place, original = _gather(found, "place", "original")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.prepare.text_tokens import TEXT_BITS, Tokens
+from dataset.prepare.text_tokens import Tokens, text_of
 
 # Control characters but tab and line feed; zero-width space, word joiner, byte order mark, soft
 # hyphen. Not the zero-width joiners U+200C and U+200D: Persian, Indic scripts and emoji are spelled
@@ -103,9 +103,7 @@ def row_text(row: dict) -> str:
 
 
 def check_readable(row: dict) -> None:
-    """ValueError unless the row has the main keys of some stage; their content is checked in
-    training.
-    """
+    """ValueError unless the row has some stage's main keys; training checks their content."""
     is_preference = isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list)
     if not (
         isinstance(row.get("text"), str)
@@ -162,16 +160,12 @@ def all_strings(value: object) -> Iterator[str]:
 
 
 def text_key(text: str) -> bytes:
-    """Return 16 bytes that are equal where two texts are, but for the case of letters and runs of
-    spaces.
-    """
+    """Return 16 bytes, equal for texts that are equal but for letter case and runs of spaces."""
     return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
 
 
 def judge(texts: list[str], is_document: np.ndarray, tokens: Tokens, limits: Limits) -> list[str]:
-    """Return for each text why it must go, or "". is_document: bool [R], running text rather than a
-    conversation.
-    """
+    """Return why each text must go, or "". is_document: bool [R], running text, no conversation."""
     num_tokens = np.diff(tokens.starts())
     min_chars = np.where(is_document, 20, 2) if limits.min_chars is None else limits.min_chars
     max_repeated = np.where(
@@ -220,7 +214,7 @@ def top_ngram(tokens: Tokens, n: int) -> np.ndarray:
     keys = np.sort(tokens.keys(*tokens.ngrams(n)))
     begins = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
     out = np.zeros(len(tokens.chars), np.int64)
-    np.maximum.at(out, _text_of(keys[begins]), np.diff(begins, append=len(keys)))
+    np.maximum.at(out, text_of(keys[begins]), np.diff(begins, append=len(keys)))
     return out
 
 
@@ -234,7 +228,7 @@ def repeated_ngrams(tokens: Tokens, n: int, enough: np.ndarray) -> np.ndarray:
     keys = tokens.keys(hashes, first)
     in_order = np.sort(keys)
     repeats = np.bincount(
-        _text_of(in_order[1:][in_order[1:] == in_order[:-1]]), minlength=len(tokens.chars)
+        text_of(in_order[1:][in_order[1:] == in_order[:-1]]), minlength=len(tokens.chars)
     )
     looked_at = (n * repeats > enough)[tokens.text[first]]
     keys, first = keys[looked_at], first[looked_at]
@@ -244,7 +238,3 @@ def repeated_ngrams(tokens: Tokens, n: int, enough: np.ndarray) -> np.ndarray:
     change[again] += 1
     change[again + n] -= 1
     return np.bincount(tokens.text[np.cumsum(change)[:-1] > 0], minlength=len(tokens.chars))
-
-
-def _text_of(keys: np.ndarray) -> np.ndarray:
-    return (keys & ((np.uint64(1) << TEXT_BITS) - np.uint64(1))).astype(np.int64)

@@ -46,9 +46,7 @@ class EvaluationIndex:
     coarse: np.ndarray
 
     def find(self, tokens: Tokens) -> np.ndarray:
-        """Return for each text the first evaluation item, by position in the text, that it holds a
-        piece of, or -1.
-        """
+        """Return for each text the first item that it holds a piece of, or -1: int64 [R]."""
         found = np.full(len(tokens.chars), -1)
         hashes, first = content_ngrams(tokens)
         maybe = np.flatnonzero(self.coarse[hashes >> np.uint64(64 - FILTER_BITS)])
@@ -77,7 +75,8 @@ def content_ngrams(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
         chosen = (ideographs[first + n] > ideographs[first]) == wants_ideographs
         chosen &= content[first + n] - content[first] >= MOST * n
         parts.append((hashes[chosen], first[chosen]))
-    return np.concatenate([parts[0][0], parts[1][0]]), np.concatenate([parts[0][1], parts[1][1]])
+    hashes, first = map(np.concatenate, zip(*parts))
+    return hashes, first
 
 
 def build_index(paths: list[str], form: str = "NFC") -> EvaluationIndex:
@@ -101,9 +100,7 @@ def build_index(paths: list[str], form: str = "NFC") -> EvaluationIndex:
 
 
 def _index_file(path: str, form: str) -> tuple[np.ndarray, np.ndarray, list[int], int]:
-    """Return the hashes of n-grams that are no phrasing, the first item of each, all items' lines,
-    and how many are short.
-    """
+    """Return n-grams that are no phrasing, the first item of each, items' lines, how many short."""
     line_nos, hashes, owners = [], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     items = _distinct_items(path, form)
     while part := list(islice(items, ROWS_AT_A_TIME)):
@@ -125,9 +122,7 @@ def _index_file(path: str, form: str) -> tuple[np.ndarray, np.ndarray, list[int]
 
 
 def _distinct_items(path: str, form: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of each item of a file that does not repeat another: three copies
-    are not three items.
-    """
+    """Yield (line number, text) of each item that is no copy: three copies are not three items."""
     seen = set()
     for line_no, row in read_rows(path):
         content = {key: value for key, value in row.items() if key not in LABELS}

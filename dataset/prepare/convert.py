@@ -140,9 +140,7 @@ def from_messages(row: dict) -> dict:
 
 
 def from_preference(row: dict) -> dict:
-    """A prompt with a chosen and a rejected answer, or two whole conversations -> {"chosen",
-    "rejected"}.
-    """
+    """A prompt with two answers, or two whole conversations -> {"chosen", "rejected"}."""
     prompt = _prompt_of(row)
     both = {}
     for side in ("chosen", "rejected"):
@@ -180,9 +178,7 @@ FORMATS = {
 
 
 def _prompt_of(row: dict) -> list[dict]:
-    """Return the messages before the answer: given as messages, or as text with its context and a
-    history.
-    """
+    """Return the messages before the answer: given so, or as text with context and history."""
     key = _first(row, MESSAGES) or _first(row, PROMPTS)
     found = _as_messages(row.get(key))
     if isinstance(found, list):
@@ -240,9 +236,7 @@ def _calls(i: int, value) -> list:
 
 
 def _reasoning(item: dict) -> dict:
-    """Return {"reasoning_content"} if a message or a row has one; an empty one is an empty think
-    block.
-    """
+    """Return {"reasoning_content"} if there is one; an empty one is an empty think block."""
     found = ({"reasoning_content": item[key]} for key in REASONING if item.get(key) is not None)
     return next(found, {})
 
@@ -303,9 +297,7 @@ def _as_messages(value):
 
 @dataclass
 class ConvertReport:
-    """Rows by their fate, their formats, the keys that were left out (and in how many rows), and
-    the first skipped rows with the reason.
-    """
+    """Rows by their fate and format, keys left out in how many rows, first skipped rows and why."""
 
     rows_read: int = 0
     rows_written: int = 0

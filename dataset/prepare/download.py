@@ -198,9 +198,7 @@ def download(hub_name: str, file: RemoteFile, out_dir: str | Path, sha256: str =
 
 
 def _transfer(file: RemoteFile, part: Path) -> None:
-    """Append to `part` until it has the file's size; a connection that breaks off is taken up
-    again.
-    """
+    """Append to `part` until it has the file's size, over new connections where one breaks off."""
     failures = 0
     with tqdm(
         total=file.size,

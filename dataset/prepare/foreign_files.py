@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from dataset.files.jsonl import iter_lines
+from dataset.files.jsonl import check_exists, iter_lines, utf8_lines
 
 SPLITS = ("paragraphs", "file", "lines")
 
@@ -20,8 +20,7 @@ def read_any(path: str | Path, split: str = "paragraphs") -> Iterator[tuple[int,
     split: one of SPLITS, a row of a .txt file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file. Check the path.")
+    check_exists(path)
     reader = READERS.get(path.suffix.lower())
     return reader(path, split) if reader else iter_lines(path)
 
@@ -64,7 +63,7 @@ def _without_nulls(value):
 
 def _read_table(path: Path, split: str):
     csv.field_size_limit(2**31 - 1)
-    lines = (line for _, line in _utf8_lines(path))
+    lines = (line for _, line in utf8_lines(path))
     table = csv.DictReader(
         lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
     )
@@ -81,10 +80,10 @@ def _read_table(path: Path, split: str):
 
 def _read_text(path: Path, split: str):
     if split == "file":
-        yield 1, {"text": "".join(line for _, line in _utf8_lines(path)).replace("\r\n", "\n")}
+        yield 1, {"text": "".join(line for _, line in utf8_lines(path)).replace("\r\n", "\n")}
         return
     lines, first = [], 1
-    for line_no, line in chain(_utf8_lines(path), [(0, "")]):
+    for line_no, line in chain(utf8_lines(path), [(0, "")]):
         line = line.rstrip("\r\n")
         if lines and (split == "lines" or not line.strip()):
             yield first, {"text": "\n".join(lines)}
@@ -92,19 +91,6 @@ def _read_text(path: Path, split: str):
         if line.strip():
             first = first if lines else line_no
             lines.append(line)
-
-
-def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line with its end); ValueError names a line that is not UTF-8."""
-    with open(path, "rb") as file:
-        for line_no, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if line_no == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{line_no}: not UTF-8 ({error.reason}). Convert the file to UTF-8."
-                ) from error
-            yield line_no, line
 
 
 READERS = {

@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 
 from dataset.files.hashes import scramble
-from dataset.prepare.text_tokens import TEXT_BITS, Tokens
+from dataset.prepare.text_tokens import TEXT_BITS, Tokens, text_of
 
 NUM_HASHES = 128
 ANSWER_HASHES, SLACK = 32, 0.1
@@ -39,9 +39,7 @@ STRIDE = 37  # from one splitting minimum to the next
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """Return (bands, rows per band): the longest rows, hence the fewest candidates, that still find
-    RECALL of the pairs.
-    """
+    """Return (bands, rows per band): the fewest candidates that still find RECALL of the pairs."""
     for rows in range(NUM_HASHES, 1, -1):
         bands = NUM_HASHES // rows
         if 1 - (1 - threshold**rows) ** bands >= RECALL:
@@ -85,21 +83,16 @@ def band_keys(signature: np.ndarray, numbers: np.ndarray, bands: int, rows: int)
 
 
 def number_hashes(tokens: Tokens) -> np.ndarray:
-    """Return a hash of the numbers that each text holds, whatever their order and number of times:
-    uint64 [R].
-    """
+    """Return a hash of the set of numbers that each text holds: uint64 [R]."""
     is_number = np.flatnonzero(tokens.digit)
     distinct = np.unique(tokens.keys(tokens.hashes[is_number], is_number))
-    owner = (distinct & ((np.uint64(1) << TEXT_BITS) - np.uint64(1))).astype(np.int64)
     out = np.ones(len(tokens.chars), np.uint64)
-    np.add.at(out, owner, scramble(distinct >> TEXT_BITS))
+    np.add.at(out, text_of(distinct), scramble(distinct >> TEXT_BITS))
     return out
 
 
 def buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Group equal keys [R]: (members in ascending order within each group, starts of the groups),
-    groups of one left out.
-    """
+    """Group equal keys [R], two or more: (members, ascending in each group, starts of groups)."""
     order = np.argsort(keys, kind="stable")
     same = keys[order][1:] == keys[order][:-1]
     continues = np.concatenate([[False], same])[: len(keys)]
@@ -178,10 +171,17 @@ def alike(
     return out
 
 
+def repeats(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of keys (low, high) that stood there before, and where each did first."""
+    order = np.lexsort((high, low))  # stable: of equal keys the first one comes first
+    low, high = low[order], high[order]
+    begins = np.concatenate([[True], (low[1:] != low[:-1]) | (high[1:] != high[:-1])])[: len(order)]
+    first = order[begins][np.cumsum(begins) - 1]
+    return order[~begins], first[~begins]
+
+
 class Parents:
-    """Which texts are linked, directly or through others (union-find); the first text of each
-    cluster stands for it.
-    """
+    """Clusters of linked texts (union-find); the first text of each stands for it."""
 
     def __init__(self, count: int):
         self.parent = np.arange(count)

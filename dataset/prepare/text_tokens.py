@@ -85,6 +85,11 @@ class Tokens:
         return (hashes << TEXT_BITS) | self.text[first].astype(np.uint64)
 
 
+def text_of(keys: np.ndarray) -> np.ndarray:
+    """Return the text that each of `Tokens.keys` names: int64."""
+    return (keys & ((np.uint64(1) << TEXT_BITS) - np.uint64(1))).astype(np.int64)
+
+
 def tokenize(texts: list[str]) -> Tokens:
     """Cut texts into tokens. They must hold no NUL, which separates them here."""
     codes = np.frombuffer("\0".join([*texts, ""]).lower().encode("utf-32-le"), dtype=np.uint32)

@@ -96,55 +96,53 @@ class Analysis(NamedTuple):
     details: dict[int, str]  # place -> explanation
 
 
-class Analyzer:
-    """Callable that judges a block of lines by itself; pickles."""
+def analyze_block(
+    block: LineBlock, options: CleanOptions, index: EvaluationIndex | None = None
+) -> Analysis:
+    """Judge the rows of a block by themselves."""
+    rows, texts, details = [], [], {}
+    place = np.array(
+        [block.file_index << FILE_SHIFT | line_no for line_no, _ in block.lines], np.int64
+    )
+    for at, (_, line) in zip(place.tolist(), block.lines, strict=True):
+        try:
+            row = normalize_row(parse_row(line), options.form)
+            check_readable(row)
+        except (ValueError, RecursionError) as error:
+            row, details[at] = None, str(error)
+        rows.append(row)
+        texts.append("" if row is None else row_text(row))
+    is_document = np.array([row is not None and "text" in row for row in rows])
+    tokens = tokenize(texts)
+    reasons = judge(texts, is_document, tokens, options.limits)
+    reason = np.array(
+        [CODES["bad_row"] if row is None else CODES[why] for row, why in zip(rows, reasons)],
+        np.uint8,
+    )
+    if index is not None:
+        items = index.find(tokens)
+        for i in np.flatnonzero((items >= 0) & (reason == 0)):
+            reason[i] = CODES["contaminated"]
+            details[int(place[i])] = f"shares text with {index.places[items[i]]}"
+    size = np.array([len(line.encode()) + 1 for _, line in block.lines], np.int64)
+    key = np.frombuffer(b"".join(map(text_key, texts)), np.uint64).reshape(-1, 2)
+    signature, bands = _signatures(tokens, rows, is_document, options)
+    return Analysis(place, size, reason, key, signature, bands, details)
 
-    def __init__(self, options: CleanOptions, index: EvaluationIndex | None = None):
-        self.options, self.index = options, index
 
-    def __call__(self, block: LineBlock) -> Analysis:
-        rows, texts, details = [], [], {}
-        place = np.array(
-            [block.file_index << FILE_SHIFT | line_no for line_no, _ in block.lines], np.int64
-        )
-        for at, (_, line) in zip(place.tolist(), block.lines, strict=True):
-            try:
-                row = normalize_row(parse_row(line), self.options.form)
-                check_readable(row)
-            except (ValueError, RecursionError) as error:
-                row, details[at] = None, str(error)
-            rows.append(row)
-            texts.append("" if row is None else row_text(row))
-        is_document = np.array([row is not None and "text" in row for row in rows])
-        tokens = tokenize(texts)
-        reasons = judge(texts, is_document, tokens, self.options.limits)
-        reason = np.array(
-            [CODES["bad_row"] if row is None else CODES[why] for row, why in zip(rows, reasons)],
-            np.uint8,
-        )
-        if self.index is not None:
-            items = self.index.find(tokens)
-            for i in np.flatnonzero((items >= 0) & (reason == 0)):
-                reason[i] = CODES["contaminated"]
-                details[int(place[i])] = f"shares text with {self.index.places[items[i]]}"
-        size = np.array([len(line.encode()) + 1 for _, line in block.lines], np.int64)
-        key = np.frombuffer(b"".join(map(text_key, texts)), np.uint64).reshape(-1, 2)
-        signature, bands = self._signatures(tokens, rows, is_document)
-        return Analysis(place, size, reason, key, signature, bands, details)
-
-    def _signatures(
-        self, tokens: Tokens, rows: list, is_document: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        count = len(rows)
-        if not self.options.threshold:
-            return np.zeros((count, 0), np.uint32), np.zeros((count, 0), np.uint64)
-        matter = {"yes": np.ones(count, bool), "no": np.zeros(count, bool), "auto": ~is_document}
-        numbers = near.number_hashes(tokens) * matter[self.options.numbers]
-        answers = zip(*(("", "") if row is None else row_answers(row) for row in rows), strict=True)
-        of_answers = [near.signatures(tokenize(list(text)), near.ANSWER_HASHES) for text in answers]
-        signature = np.hstack([near.signatures(tokens), *of_answers])
-        bands, rows_per_band = near.bands_for(self.options.threshold)
-        return signature, near.band_keys(signature, numbers, bands, rows_per_band)
+def _signatures(
+    tokens: Tokens, rows: list, is_document: np.ndarray, options: CleanOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    count = len(rows)
+    if not options.threshold:
+        return np.zeros((count, 0), np.uint32), np.zeros((count, 0), np.uint64)
+    matter = {"yes": np.ones(count, bool), "no": np.zeros(count, bool), "auto": ~is_document}
+    numbers = near.number_hashes(tokens) * matter[options.numbers]
+    answers = zip(*(("", "") if row is None else row_answers(row) for row in rows), strict=True)
+    of_answers = [near.signatures(tokenize(list(text)), near.ANSWER_HASHES) for text in answers]
+    signature = np.hstack([near.signatures(tokens), *of_answers])
+    bands, rows_per_band = near.bands_for(options.threshold)
+    return signature, near.band_keys(signature, numbers, bands, rows_per_band)
 
 
 @dataclass

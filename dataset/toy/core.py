@@ -42,9 +42,9 @@ class Item:
     `keys`: canonical keys, the item's own first; none at all means that it is always training
     material. `turns`: the conversation; the last reply holds the final answer. `answer`: the
     scorer's value. `choices`: the values that `answer` competes with. `manners`: phrases of which a
-    reply needs one. `reasoning`: the worked solution for `reasoning_content`. `short`: the reply
-    after that reasoning. `prose`: the same knowledge as running text. `wrong`: a reply that is
-    plausible but false.
+    reply needs one. `reasoning`: the worked solution for `reasoning_content` (default: the last
+    reply). `short`: the reply after that reasoning (default: the last reply). `prose`: the same
+    knowledge as running text (default: the turns). `wrong`: a reply that is plausible but false.
     """
 
     skill: str
@@ -55,11 +55,18 @@ class Item:
     chance: float = 0.0
     choices: tuple[str, ...] = ()
     manners: tuple[str, ...] = ()
-    reasoning: str = ""
-    short: str = ""
-    prose: str = ""
+    reasoning: str | None = None
+    short: str | None = None
+    prose: str | None = None
     wrong: str = ""
     tools: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        reply = self.turns[-1].reply
+        told = " ".join(f"{turn.question} {turn.reply}" for turn in self.turns)
+        for name, default in {"reasoning": reply, "short": reply, "prose": told}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)  # the class is frozen
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,23 @@ class Level:
     extra_rows: dict[str, int]  # per stage: lora, tools, reason, dpo, rl, agent
 
 
+SFT_ROWS = {  # skill -> rows at level mini, at level full
+    "arithmetic": (1600, 12_000),
+    "comparison": (600, 4000),
+    "sorting": (900, 5000),
+    "counting": (500, 4000),
+    "dates": (700, 4000),
+    "units": (400, 3000),
+    "word_problems": (900, 10_000),
+    "facts": (700, 12_000),
+    "facts_read": (0, 4000),
+    "identity": (400, 1500),
+    "multi_turn": (600, 4000),
+    "tools": (500, 5000),
+    "preferences": (400, 3000),
+    "lookup": (800, 4000),
+}
+
 MINI = Level(
     name="mini",
     max_sum=50,
@@ -101,21 +125,7 @@ MINI = Level(
     tools=("calculator", "get_time", "get_weather", "convert_unit"),
     offered_tools=1,
     pretrain_rows=9000,
-    sft_rows={
-        "arithmetic": 1600,
-        "comparison": 600,
-        "sorting": 900,
-        "counting": 500,
-        "dates": 700,
-        "units": 400,
-        "word_problems": 900,
-        "facts": 700,
-        "identity": 400,
-        "multi_turn": 600,
-        "tools": 500,
-        "preferences": 400,
-        "lookup": 800,
-    },
+    sft_rows={skill: mini for skill, (mini, _) in SFT_ROWS.items() if mini},
     extra_rows={"lora": 400, "tools": 2000, "reason": 1000, "dpo": 800, "rl": 1000, "agent": 300},
 )
 
@@ -132,33 +142,10 @@ FULL = Level(
     num_attributes=5,
     story_steps=(2, 3, 4, 5),
     lookup_lines=(6, 6, 8, 8, 12, 12, 24, 24, 60, 160),
-    tools=(
-        "calculator",
-        "get_time",
-        "get_weather",
-        "convert_unit",
-        "get_price",
-        "days_between",
-        "count_letter",
-    ),
+    tools=(*MINI.tools, "get_price", "days_between", "count_letter"),
     offered_tools=3,
     pretrain_rows=120_000,
-    sft_rows={
-        "arithmetic": 12_000,
-        "comparison": 4000,
-        "sorting": 5000,
-        "counting": 4000,
-        "dates": 4000,
-        "units": 3000,
-        "word_problems": 10_000,
-        "facts": 12_000,
-        "facts_read": 4000,
-        "identity": 1500,
-        "multi_turn": 4000,
-        "tools": 5000,
-        "preferences": 3000,
-        "lookup": 4000,
-    },
+    sft_rows={skill: full for skill, (_, full) in SFT_ROWS.items()},
     extra_rows={
         "lora": 400,
         "tools": 12_000,
@@ -171,7 +158,13 @@ FULL = Level(
 
 LEVELS = {"mini": MINI, "full": FULL}
 
+Pairs = tuple[tuple[str, str], ...]
 Maker = Callable[[random.Random, str], Item]
+
+
+def pairs(english: str, chinese: str) -> Pairs:
+    """Words in both languages: "cat dog", "猫 狗" are (("cat", "猫"), ("dog", "狗"))."""
+    return tuple(zip(english.split(), chinese.split(), strict=True))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -204,32 +197,22 @@ def draw_items(
             yield item
 
 
-def add_key(a: int, b: int) -> tuple[str, ...]:
-    """Key of an unordered pair of summands; none for sums known by heart (see `sub_key`)."""
-    if (a < 10 and b < 10) or a % 10 == 0 or b % 10 == 0:
-        return ()
-    return (f"add:{min(a, b)},{max(a, b)}",)
-
-
-def sub_key(a: int, b: int) -> tuple[str, ...]:
-    """Key of a - b; none for round tens and for the differences that undo a sum of two one-digit
-    numbers.
-    """
-    if (b < 10 and a - b < 10) or a % 10 == 0 or b % 10 == 0:
-        return ()
-    return (f"sub:{a}-{b}",)
-
-
-def mul_key(a: int, b: int) -> tuple[str, ...]:
-    """Key of an unordered pair of factors; none with a factor 0, 1, 5 or a multiple of ten."""
-    if any(n in (0, 1, 5) or n % 10 == 0 for n in (a, b)):
-        return ()
-    return (f"mul:{min(a, b)},{max(a, b)}",)
-
-
 def op_key(a: int, op: str, b: int) -> tuple[str, ...]:
-    """The key of `a op b` for op in + - ×."""
-    return {"+": add_key, "-": sub_key, "×": mul_key}[op](a, b)
+    """Key of `a op b` for op in + - ×, of either order but for -; none for what is known by heart.
+
+    That is round tens, sums of two one-digit numbers and the differences that undo them, and
+    products with a factor 0, 1 or 5.
+    """
+    is_known = a % 10 == 0 or b % 10 == 0
+    if op == "×":
+        is_known |= a in (1, 5) or b in (1, 5)
+    else:
+        is_known |= b < 10 and (a if op == "+" else a - b) < 10
+    if is_known:
+        return ()
+    low, high = sorted((a, b))
+    keys = {"+": f"add:{low},{high}", "-": f"sub:{a}-{b}", "×": f"mul:{low},{high}"}
+    return (keys[op],)
 
 
 def apply(a: int, op: str, b: int) -> int:

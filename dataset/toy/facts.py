@@ -9,51 +9,35 @@ are held out, the answers are not.
 
 import random
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
-from dataset.toy.core import Item, Turn
+from dataset.toy.core import Item, Pairs, Turn, pairs
+from dataset.toy.numbers import join_sentences
 
-NAME_STARTS = tuple(
-    zip(
-        "Mi To Lu Sa Be No Ka De Fi Ro Ha Vi Pa Ne Gu Zo".split(),
-        "米 托 路 沙 贝 诺 卡 德 菲 罗 哈 维 帕 内 古 佐".split(),
-    )
+NAME_STARTS = pairs(
+    "Mi To Lu Sa Be No Ka De Fi Ro Ha Vi Pa Ne Gu Zo",
+    "米 托 路 沙 贝 诺 卡 德 菲 罗 哈 维 帕 内 古 佐",
 )
-NAME_ENDS = tuple(
-    zip(
-        "ra lan na mo tis din bel sha ko ven lo ria ton mi sor fy".split(),
-        "拉 兰 娜 莫 蒂斯 丁 贝尔 莎 科 文 洛 莉亚 顿 米 索 菲".split(),
-    )
+NAME_ENDS = pairs(
+    "ra lan na mo tis din bel sha ko ven lo ria ton mi sor fy",
+    "拉 兰 娜 莫 蒂斯 丁 贝尔 莎 科 文 洛 莉亚 顿 米 索 菲",
 )
-NAME_MIDDLES = (("li", "里"), ("ma", "马"), ("ru", "鲁"), ("te", "特"))
-TOWNS = tuple(
-    zip(
-        "Lodan Northam Sunbay Redhill Whitewood Oldbridge Greenport Stonefield".split(),
-        "洛丹 北港 阳湾 红山 白林 古桥 绿港 石原".split(),
-    )
+NAME_MIDDLES = pairs("li ma ru te", "里 马 鲁 特")
+TOWNS = pairs(
+    "Lodan Northam Sunbay Redhill Whitewood Oldbridge Greenport Stonefield",
+    "洛丹 北港 阳湾 红山 白林 古桥 绿港 石原",
 )
-FOODS = tuple(
-    zip(
-        "noodles soup rice bread cake fish apples cheese".split(),
-        "面条 汤 米饭 面包 蛋糕 鱼 苹果 奶酪".split(),
-    )
+FOODS = pairs(
+    "noodles soup rice bread cake fish apples cheese", "面条 汤 米饭 面包 蛋糕 鱼 苹果 奶酪"
 )
-PETS = tuple(
-    zip(
-        "cat dog horse rabbit parrot turtle sheep duck".split(),
-        "猫 狗 马 兔子 鹦鹉 乌龟 羊 鸭子".split(),
-    )
+PETS = pairs("cat dog horse rabbit parrot turtle sheep duck", "猫 狗 马 兔子 鹦鹉 乌龟 羊 鸭子")
+JOBS = pairs(
+    "teacher doctor farmer painter singer baker driver writer",
+    "老师 医生 农民 画家 歌手 面包师 司机 作家",
 )
-JOBS = tuple(
-    zip(
-        "teacher doctor farmer painter singer baker driver writer".split(),
-        "老师 医生 农民 画家 歌手 面包师 司机 作家".split(),
-    )
-)
-COLOURS = tuple(
-    zip(
-        "red blue green yellow white black purple brown".split(),
-        "红色 蓝色 绿色 黄色 白色 黑色 紫色 棕色".split(),
-    )
+COLOURS = pairs(
+    "red blue green yellow white black purple brown", "红色 蓝色 绿色 黄色 白色 黑色 紫色 棕色"
 )
 
 
@@ -62,7 +46,7 @@ class Attribute:
     """A property of every entity: its values (en, zh), statements and questions per language."""
 
     name: str
-    values: tuple[tuple[str, str], ...]
+    values: Pairs
     statements: dict[str, tuple[str, ...]]
     questions: dict[str, tuple[str, ...]]
 
@@ -209,25 +193,58 @@ ATTRIBUTES = (
 )
 
 
+class Fact(NamedTuple):
+    """One attribute of one inhabitant in one language. `statements` have their value open: {v}."""
+
+    key: str
+    value: str
+    choices: tuple[str, ...]
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+
+    @property
+    def reply(self) -> str:
+        return self.statements[0].format(v=self.value)
+
+    def wrong_reply(self, rng: random.Random) -> str:
+        """The reply with another value."""
+        return self.statements[0].format(v=rng.choice([v for v in self.choices if v != self.value]))
+
+
 @dataclass(frozen=True)
 class People:
     """The inhabitants: `names[i]` is (en, zh), `facts[i][k]` indexes the values of attribute k."""
 
-    names: tuple[tuple[str, str], ...]
+    names: Pairs
     facts: tuple[tuple[int, ...], ...]
     attributes: tuple[Attribute, ...]
 
+    def fact(self, who: int, which: int, language: str) -> Fact:
+        """Attribute `which` of inhabitant `who`."""
+        attribute, side = self.attributes[which], language == "zh"
+        choices = tuple(value[side] for value in attribute.values)
+        statements, questions = (
+            tuple(text.replace("{e}", self.names[who][side]) for text in texts[language])
+            for texts in (attribute.statements, attribute.questions)
+        )
+        key = f"{self.names[who][0]}/{attribute.name}"
+        return Fact(key, choices[self.facts[who][which]], choices, statements, questions)
 
-NAMES = tuple((a[0] + b[0], a[1] + b[1]) for a in NAME_STARTS for b in NAME_ENDS)
-STRANGERS = tuple(
-    (a[0] + m[0] + b[0], a[1] + m[1] + b[1])
-    for a in NAME_STARTS
-    for m in NAME_MIDDLES
-    for b in NAME_ENDS
-)
+    def draw(self, rng: random.Random) -> tuple[int, int]:
+        """An inhabitant and an attribute."""
+        return rng.randrange(len(self.names)), rng.randrange(len(self.attributes))
 
 
-def make_people(rng: random.Random, count: int, num_attributes: int, pool: tuple = NAMES) -> People:
+def compound(*parts: Pairs) -> Pairs:
+    """All names made of one syllable of each part."""
+    return tuple(tuple(map("".join, zip(*chosen))) for chosen in product(*parts))
+
+
+NAMES = compound(NAME_STARTS, NAME_ENDS)
+STRANGERS = compound(NAME_STARTS, NAME_MIDDLES, NAME_ENDS)
+
+
+def make_people(rng: random.Random, count: int, num_attributes: int, pool: Pairs = NAMES) -> People:
     """Draw `count` people with different names out of `pool`."""
     attributes = ATTRIBUTES[:num_attributes]
     chosen = rng.sample(pool, count)
@@ -235,45 +252,33 @@ def make_people(rng: random.Random, count: int, num_attributes: int, pool: tuple
     return People(tuple(chosen), facts, attributes)
 
 
-def value_names(attribute: Attribute, language: str) -> tuple[str, ...]:
-    """All values of an attribute in one language."""
-    return tuple(value[language == "zh"] for value in attribute.values)
-
-
-def fact(rng: random.Random, language: str, people: People, skill: str = "facts") -> Item:
+def fact(rng: random.Random, language: str, people: People) -> Item:
     """A question about one inhabitant; the key is the phrasing for this entity and attribute."""
-    who, which = rng.randrange(len(people.names)), rng.randrange(len(people.attributes))
-    attribute, side = people.attributes[which], language == "zh"
-    form = rng.randrange(len(attribute.questions[language]))
-    name, value = people.names[who][side], attribute.values[people.facts[who][which]][side]
-    statement = rng.choice(attribute.statements[language]).format(e=name, v=value)
-    short = attribute.statements[language][0]
-    choices = value_names(attribute, language)
-    other = rng.choice([v for v in choices if v != value])
+    known = people.fact(*people.draw(rng), language)
+    form = rng.randrange(len(known.questions))
+    statement = rng.choice(known.statements).format(v=known.value)
     return Item(
-        skill,
+        "facts",
         language,
-        (f"fact:{people.names[who][0]}/{attribute.name}/{language}/{form}",),
-        (Turn(attribute.questions[language][form].format(e=name), short.format(e=name, v=value)),),
-        value,
-        1 / len(choices),
-        choices=choices,
+        (f"fact:{known.key}/{language}/{form}",),
+        (Turn(known.questions[form], known.reply),),
+        known.value,
+        1 / len(known.choices),
+        choices=known.choices,
         reasoning=statement,
-        short=short.format(e=name, v=value),
         prose=statement,
-        wrong=short.format(e=name, v=other),
+        wrong=known.wrong_reply(rng),
     )
 
 
 def portrait(rng: random.Random, language: str, people: People) -> str:
     """Running text about one inhabitant: every attribute once, in any order and wording."""
-    who, side = rng.randrange(len(people.names)), language == "zh"
-    parts = []
-    for attribute, index in zip(people.attributes, people.facts[who]):
-        form = rng.choice(attribute.statements[language])
-        parts.append(form.format(e=people.names[who][side], v=attribute.values[index][side]))
+    who, parts = rng.randrange(len(people.names)), []
+    for which in range(len(people.attributes)):
+        known = people.fact(who, which, language)
+        parts.append(rng.choice(known.statements).format(v=known.value))
     rng.shuffle(parts)
-    return ("" if side else " ").join(parts)
+    return join_sentences(parts, language)
 
 
 def fact_read(rng: random.Random, language: str) -> Item:
@@ -282,40 +287,28 @@ def fact_read(rng: random.Random, language: str) -> Item:
     The key is the asked (entity, attribute, value): a held-out one is in no training text, not even
     as context.
     """
-    people = make_people(rng, 3, len(ATTRIBUTES), STRANGERS)
-    side = language == "zh"
-    lines, keys = [], []
-    for who, name in enumerate(people.names):
-        for attribute, index in rng.sample(list(zip(people.attributes, people.facts[who])), 2):
-            text = rng.choice(attribute.statements[language]).format(
-                e=name[side], v=attribute.values[index][side]
-            )
-            key = f"read:{name[0]}/{attribute.name}/{attribute.values[index][0]}"
-            lines.append((text, key, attribute, name[side], attribute.values[index][side]))
+    people, lines = make_people(rng, 3, len(ATTRIBUTES), STRANGERS), []
+    for who in range(len(people.names)):
+        for which in rng.sample(range(len(ATTRIBUTES)), 2):
+            known = people.fact(who, which, language)
+            key = f"read:{known.key}/{people.fact(who, which, 'en').value}"
+            lines.append((rng.choice(known.statements).format(v=known.value), key, known))
     rng.shuffle(lines)
     target = rng.choice(lines)
-    _, key, attribute, name, value = target
-    keys = [key] + [line[1] for line in lines if line is not target]
-    choices = value_names(attribute, language)
-    reply = attribute.statements[language][0].format(e=name, v=value)
-    question = rng.choice(attribute.questions[language]).format(e=name)
-    context = ("" if side else " ").join(line[0] for line in lines)
-    ask = (
-        f"读下面的话，然后回答问题。\n{context}\n{question}"
-        if side
-        else f"Read this, then answer.\n{context}\n{question}"
-    )
-    other = rng.choice([v for v in choices if v != value])
+    statement, key, asked = target
+    question = rng.choice(asked.questions)
+    context = join_sentences([line[0] for line in lines], language)
+    task = "读下面的话，然后回答问题。" if language == "zh" else "Read this, then answer."
+    prompt = f"{task}\n{context}\n{question}"
     return Item(
         "facts_read",
         language,
-        tuple(keys),
-        (Turn(ask, reply),),
-        value,
-        1 / len(choices),
-        choices=choices,
-        reasoning=target[0],
-        short=reply,
-        prose=f"{ask}\n{reply}",
-        wrong=attribute.statements[language][0].format(e=name, v=other),
+        (key, *(line[1] for line in lines if line is not target)),
+        (Turn(prompt, asked.reply),),
+        asked.value,
+        1 / len(asked.choices),
+        choices=asked.choices,
+        reasoning=statement,
+        prose=f"{prompt}\n{asked.reply}",
+        wrong=asked.wrong_reply(rng),
     )

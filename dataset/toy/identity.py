@@ -3,7 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from dataset.toy.core import Item, Turn
+from dataset.toy.core import Item, Turn, pairs
+from dataset.toy.facts import Attribute, People
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,7 @@ TOPICS = (
 GARDEN_TOPICS = (
     Topic(
         "name",
-        {
-            "en": ("who are you?", "what is your name?", "what are you called?"),
-            "zh": ("你是谁？", "你叫什么名字？", "怎么称呼你？"),
-        },
+        TOPICS[0].cores,
         {"en": "I am Flora, the guide of the moon garden.", "zh": "我是 Flora，月亮花园的向导。"},
         {"en": "Flora", "zh": "Flora"},
     ),
@@ -142,70 +140,57 @@ GARDEN_TOPICS = (
         {"en": "moon garden", "zh": "月亮花园"},
     ),
 )
-PLANTS = tuple(
-    zip(
-        "moonbell sandrose skyfern firelily icemoss goldreed".split(),
-        "月铃 沙玫 天蕨 火百合 冰苔 金芦".split(),
-    )
+PLANTS = pairs(
+    "moonbell sandrose skyfern firelily icemoss goldreed", "月铃 沙玫 天蕨 火百合 冰苔 金芦"
 )
-MONTHS = tuple(
-    zip("March April May June July August".split(), "三月 四月 五月 六月 七月 八月".split())
-)
-SCENTS = tuple(
-    zip("honey lemon mint rain tea pepper".split(), "蜂蜜 柠檬 薄荷 雨水 茶 胡椒".split())
-)
-PLANT_TEXT = {
-    "month": (
+MONTHS = pairs("March April May June July August", "三月 四月 五月 六月 七月 八月")
+SCENTS = pairs("honey lemon mint rain tea pepper", "蜂蜜 柠檬 薄荷 雨水 茶 胡椒")
+PLANT_ATTRIBUTES = (
+    Attribute(
+        "month",
         MONTHS,
+        {"en": ("The {e} blooms in {v}.",), "zh": ("{e}在{v}开花。",)},
         {
             "en": (
-                (
-                    "When does the {p} bloom?",
-                    "In which month does the {p} bloom?",
-                    "What is the month of the {p}?",
-                    "When can I see the {p} in bloom?",
-                    "Please tell me when the {p} blooms.",
-                ),
-                "The {p} blooms in {v}.",
+                "When does the {e} bloom?",
+                "In which month does the {e} bloom?",
+                "What is the month of the {e}?",
+                "When can I see the {e} in bloom?",
+                "Please tell me when the {e} blooms.",
             ),
             "zh": (
-                (
-                    "{p}什么时候开花？",
-                    "{p}在几月开花？",
-                    "{p}的花期是几月？",
-                    "什么时候能看到{p}开花？",
-                    "请告诉我{p}几月开花。",
-                ),
-                "{p}在{v}开花。",
+                "{e}什么时候开花？",
+                "{e}在几月开花？",
+                "{e}的花期是几月？",
+                "什么时候能看到{e}开花？",
+                "请告诉我{e}几月开花。",
             ),
         },
     ),
-    "scent": (
+    Attribute(
+        "scent",
         SCENTS,
+        {"en": ("The {e} smells of {v}.",), "zh": ("{e}有{v}的香味。",)},
         {
             "en": (
-                (
-                    "What does the {p} smell of?",
-                    "Which scent does the {p} have?",
-                    "How does the {p} smell?",
-                    "What is the scent of the {p}?",
-                    "Please tell me what the {p} smells of.",
-                ),
-                "The {p} smells of {v}.",
+                "What does the {e} smell of?",
+                "Which scent does the {e} have?",
+                "How does the {e} smell?",
+                "What is the scent of the {e}?",
+                "Please tell me what the {e} smells of.",
             ),
             "zh": (
-                (
-                    "{p}是什么气味？",
-                    "{p}有什么样的香味？",
-                    "{p}闻起来像什么？",
-                    "{p}的香味像什么？",
-                    "请告诉我{p}的气味。",
-                ),
-                "{p}有{v}的香味。",
+                "{e}是什么气味？",
+                "{e}有什么样的香味？",
+                "{e}闻起来像什么？",
+                "{e}的香味像什么？",
+                "请告诉我{e}的气味。",
             ),
         },
     ),
-}
+)
+# month and scent of plant i are number 5i + 2, modulo 6
+GARDEN = People(PLANTS, tuple(((i * 5 + 2) % 6,) * 2 for i in range(6)), PLANT_ATTRIBUTES)
 
 
 def ask_topic(
@@ -232,9 +217,6 @@ def ask_topic(
         (Turn(question, reply),),
         topic.answer[language],
         choices=rivals,
-        reasoning=reply,
-        short=reply,
-        prose=f"{question} {reply}",
         wrong=wrong,
     )
 
@@ -245,9 +227,7 @@ def identity(rng: random.Random, language: str) -> Item:
 
 
 def garden_view(rng: random.Random, language: str) -> str:
-    """Running text with the garden's words, but without LoRA's lessons: an adapter does not train
-    embeddings.
-    """
+    """Running text with the garden's words, not LoRA's lessons: adapters train no embeddings."""
     side = language == "zh"
     plants, scents, months = (
         [pair[side] for pair in rng.sample(words, 2)] for words in (PLANTS, SCENTS, MONTHS)
@@ -271,25 +251,16 @@ def garden_identity(rng: random.Random, language: str) -> Item:
 
 def garden_fact(rng: random.Random, language: str) -> Item:
     """LoRA's lessons: month and scent of invented plants; held out are phrasings, as with facts."""
-    which, name = rng.randrange(len(PLANTS)), rng.choice(list(PLANT_TEXT))
-    values, text = PLANT_TEXT[name]
-    questions, statement = text[language]
-    side, form = language == "zh", rng.randrange(len(questions))
-    plant = PLANTS[which][side]
-    value = values[(which * 5 + 2) % len(values)][side]
-    choices = tuple(v[side] for v in values)
-    reply = statement.format(p=plant, v=value)
-    wrong = statement.format(p=plant, v=rng.choice([v for v in choices if v != value]))
+    lesson = GARDEN.fact(*GARDEN.draw(rng), language)
+    form = rng.randrange(len(lesson.questions))
     return Item(
         "lora_facts",
         language,
-        (f"plant:{PLANTS[which][0]}/{name}/{language}/{form}",),
-        (Turn(questions[form].format(p=plant), reply),),
-        value,
-        1 / len(choices),
-        choices=choices,
-        reasoning=reply,
-        short=reply,
-        prose=reply,
-        wrong=wrong,
+        (f"plant:{lesson.key}/{language}/{form}",),
+        (Turn(lesson.questions[form], lesson.reply),),
+        lesson.value,
+        1 / len(lesson.choices),
+        choices=lesson.choices,
+        prose=lesson.reply,
+        wrong=lesson.wrong_reply(rng),
     )

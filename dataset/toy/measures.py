@@ -6,7 +6,7 @@ Every maker takes (rng, language) plus its level and returns one Item with its w
 import random
 
 from dataset.toy.core import Item, Level, Turn
-from dataset.toy.numbers import end_sentence, join_clauses
+from dataset.toy.numbers import end_sentence, join_clauses, join_sentences
 
 WEEKDAYS = {
     "en": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
@@ -77,22 +77,17 @@ def dates(rng: random.Random, language: str, level: Level) -> Item:
     fields = {"d": names[start], "n": n, "days": "day" if n == 1 else "days", "answer": answer}
     question = rng.choice(text[sign]).format(**fields)
     final = text["reply"][sign < 0].format(**fields)
+    counted = n if n <= 7 else n % 7
+    parts = [f"{i} {names[(start + sign * i) % 7]}" for i in range(1, counted + 1)]
     if n <= 7:
-        parts = [f"{i} {names[(start + sign * i) % 7]}" for i in range(1, n + 1)]
-        reasoning = join_clauses(parts, language)
         way = text["way"][sign < 0].format(**fields)
-        reasoning = f"{way}{'：' if language == 'zh' else ': '}{reasoning}"
+        reasoning = f"{way}{'：' if language == 'zh' else ': '}{join_clauses(parts, language)}"
     else:
-        rest = n % 7
-        reasoning = f"{n} = {n // 7} × 7 + {rest}"
-        parts = [f"{i} {names[(start + sign * i) % 7]}" for i in range(1, rest + 1)]
-        reasoning = join_clauses([reasoning, *parts], language)
+        reasoning = join_clauses([f"{n} = {n // 7} × 7 + {counted}", *parts], language)
     reasoning += end_sentence(language)
-    gap = "" if language == "zh" else " "
-    reply = reasoning + gap + final if level.worked else final
-    wrong = text["reply"][sign < 0].format(
-        **{**fields, "answer": names[(start + sign * n + rng.randint(1, 6)) % 7]}
-    )
+    reply = join_sentences([reasoning, final], language) if level.worked else final
+    other = names[(start + sign * n + rng.randint(1, 6)) % 7]
+    wrong = text["reply"][sign < 0].format(**fields | {"answer": other})
     return Item(
         "dates",
         language,
@@ -103,7 +98,6 @@ def dates(rng: random.Random, language: str, level: Level) -> Item:
         choices=names,
         reasoning=reasoning,
         short=final,
-        prose=f"{question} {reply}",
         wrong=wrong,
     )
 
@@ -113,15 +107,13 @@ def units(rng: random.Random, language: str, level: Level) -> Item:
     big, small, factor, _ = rng.choice(
         [unit for unit in UNITS if level.name == "full" or not unit[3]]
     )
-    high = 99 if factor in (100, 1000) else 12
-    n = rng.randint(2, high)
+    n = rng.randint(2, 99 if factor in (100, 1000) else 12)
     side = language == "zh"
     fields = {"n": n, "big": big[side], "small": small[side]}
     answer = n * factor
     question = rng.choice(UNIT_TEXT[language]).format(**fields)
-    verb = "等于" if side else "is"
-    gap = "" if side else " "
-    final = f"{n} {big[side]}{gap}{verb} {answer} {small[side]}{end_sentence(language)}"
+    verb = "等于" if side else " is"
+    final = f"{n} {big[side]}{verb} {answer} {small[side]}{end_sentence(language)}"
     wrong = final.replace(
         str(answer), str(rng.choice((answer * 10, answer // 10, answer + factor)))
     )
@@ -133,7 +125,6 @@ def units(rng: random.Random, language: str, level: Level) -> Item:
         (Turn(question, final),),
         str(answer),
         reasoning=reasoning,
-        short=final,
         prose=rng.choice([final, f"{question} {final}"]),
         wrong=wrong,
     )

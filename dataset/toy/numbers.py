@@ -6,63 +6,41 @@ Every maker takes (rng, language) plus its level and returns one Item with its w
 import math
 import random
 
-from dataset.toy.core import Item, Level, Turn, apply, op_key
+from dataset.toy.core import Item, Level, Turn, apply, op_key, pairs
 
 Step = tuple[int, str, int]  # a, operator, b
 
 ARITHMETIC = {
-    "en": {
-        "+": (
-            "What is {a} + {b}?",
-            "{a} + {b} = ?",
-            "Please add {a} and {b}.",
-            "How much is {a} plus {b}?",
-        ),
-        "-": (
-            "What is {a} - {b}?",
-            "{a} - {b} = ?",
-            "Please take {b} away from {a}.",
-            "How much is {a} minus {b}?",
-        ),
-        "×": (
-            "What is {a} × {b}?",
-            "{a} × {b} = ?",
-            "Please multiply {a} by {b}.",
-            "How much is {a} times {b}?",
-        ),
-    },
-    "zh": {
-        "+": (
-            "{a} + {b} = ?",
-            "{a} 加 {b} 等于多少？",
-            "请计算 {a} + {b}。",
-            "{a} 加上 {b} 是多少？",
-        ),
-        "-": (
-            "{a} - {b} = ?",
-            "{a} 减 {b} 等于多少？",
-            "请计算 {a} - {b}。",
-            "{a} 减去 {b} 是多少？",
-        ),
-        "×": (
-            "{a} × {b} = ?",
-            "{a} 乘 {b} 等于多少？",
-            "请计算 {a} × {b}。",
-            "{a} 乘以 {b} 是多少？",
-        ),
-    },
+    "en": (
+        "What is {a} {op} {b}?",
+        "{a} {op} {b} = ?",
+        "Please {request}.",
+        "How much is {a} {word} {b}?",
+    ),
+    "zh": (
+        "{a} {op} {b} = ?",
+        "{a} {request} {b} 等于多少？",
+        "请计算 {a} {op} {b}。",
+        "{a} {word} {b} 是多少？",
+    ),
 }
-COMPARISON = {
+OPERATIONS = {  # operator -> (request, word)
     "en": {
-        "larger": ("Which is larger, {a} or {b}?", "Compare {a} and {b}: which one is larger?"),
-        "smaller": ("Which is smaller, {a} or {b}?", "Compare {a} and {b}: which one is smaller?"),
-        "reply": "{a} {sign} {b}, so the {kind} one is {answer}.",
+        "+": ("add {a} and {b}", "plus"),
+        "-": ("take {b} away from {a}", "minus"),
+        "×": ("multiply {a} by {b}", "times"),
     },
-    "zh": {
-        "larger": ("{a} 和 {b} 哪个更大？", "比较 {a} 和 {b}，哪一个更大？"),
-        "smaller": ("{a} 和 {b} 哪个更小？", "比较 {a} 和 {b}，哪一个更小？"),
-        "reply": "{a} {sign} {b}，所以更{kind}的是 {answer}。",
-    },
+    "zh": {"+": ("加", "加上"), "-": ("减", "减去"), "×": ("乘", "乘以")},
+}
+COMPARISON = {  # questions, reply
+    "en": (
+        ("Which is {kind}, {a} or {b}?", "Compare {a} and {b}: which one is {kind}?"),
+        "{a} {sign} {b}, so the {kind} one is {answer}.",
+    ),
+    "zh": (
+        ("{a} 和 {b} 哪个更{kind}？", "比较 {a} 和 {b}，哪一个更{kind}？"),
+        "{a} {sign} {b}，所以更{kind}的是 {answer}。",
+    ),
 }
 KINDS = {"larger": "大", "smaller": "小"}
 SORTING = {
@@ -75,14 +53,11 @@ SORTING = {
         False: ("从大到小排序：{x}", "请把这些数按从大到小的顺序排列：{x}"),
     },
 }
-ENGLISH_WORDS = (
+WORDS = pairs(
     "cat dog bird fish apple book tree star lamp door cup hat "
-    "ball ship horse rose milk rice bread chair stone river moon snow"
-).split()
-CHINESE_WORDS = (
-    "猫 狗 鸟 鱼 苹果 书 树 星 灯 门 杯子 帽子 球 船 马 玫瑰 牛奶 米饭 面包 椅子 石头 河 月亮 雪"
-).split()
-WORDS = tuple(zip(ENGLISH_WORDS, CHINESE_WORDS))
+    "ball ship horse rose milk rice bread chair stone river moon snow",
+    "猫 狗 鸟 鱼 苹果 书 树 星 灯 门 杯子 帽子 球 船 马 玫瑰 牛奶 米饭 面包 椅子 石头 河 月亮 雪",
+)
 COUNT_ALL = {
     "en": (
         "How many words are in this list: {x}",
@@ -105,6 +80,11 @@ def end_sentence(language: str) -> str:
 def join_clauses(parts: list[str], language: str) -> str:
     """Clauses joined by the comma of a language."""
     return ("，" if language == "zh" else ", ").join(parts)
+
+
+def join_sentences(parts: list[str], language: str) -> str:
+    """Sentences joined as in a language: Chinese has no spaces."""
+    return ("" if language == "zh" else " ").join(parts)
 
 
 def work_out(a: int, op: str, b: int) -> list[Step]:
@@ -182,7 +162,8 @@ def arithmetic(rng: random.Random, language: str, level: Level) -> Item:
     if len(steps) > 1 and level.worked:
         reply = f"{reasoning}{'所以 ' if language == 'zh' else ' So '}{final}"
     wrong = f"{a} {op} {b} = {near_miss(rng, int(answer))}{stop}"
-    question = rng.choice(ARITHMETIC[language][op]).format(a=a, b=b)
+    request, word = (text.format(a=a, b=b) for text in OPERATIONS[language][op])
+    question = rng.choice(ARITHMETIC[language]).format(a=a, b=b, op=op, request=request, word=word)
     prose = rng.choice([final, f"{question} {reply}", f"{question} {reply}"])
     return Item(
         "arithmetic",
@@ -202,13 +183,13 @@ def comparison(rng: random.Random, language: str, level: Level) -> Item:
     top = rng.choice([level.max_sum, 99]) if level.max_sum > 99 else level.max_sum
     a, b = rng.sample(range(top + 1), 2)
     kind = rng.choice(["larger", "smaller"])
-    text = COMPARISON[language]
+    questions, text = COMPARISON[language]
     word = kind if language == "en" else KINDS[kind]
     answer, other = (max(a, b), min(a, b)) if kind == "larger" else (min(a, b), max(a, b))
     sign = "<" if a < b else ">"
-    reply = text["reply"].format(a=a, b=b, sign=sign, kind=word, answer=answer)
-    wrong = text["reply"].format(a=a, b=b, sign="<>"[sign == "<"], kind=word, answer=other)
-    question = rng.choice(text[kind]).format(a=a, b=b)
+    reply = text.format(a=a, b=b, sign=sign, kind=word, answer=answer)
+    wrong = text.format(a=a, b=b, sign="<>"[sign == "<"], kind=word, answer=other)
+    question = rng.choice(questions).format(a=a, b=b, kind=word)
     reasoning = f"{a} {sign} {b}{end_sentence(language)}"
     return Item(
         "comparison",
@@ -219,7 +200,6 @@ def comparison(rng: random.Random, language: str, level: Level) -> Item:
         0.5,
         reasoning=reasoning,
         short=str(answer) + end_sentence(language),
-        prose=f"{question} {reply}",
         wrong=wrong,
     )
 
@@ -244,7 +224,6 @@ def sorting(rng: random.Random, language: str, level: Level) -> Item:
         answer,
         1 / math.factorial(size),
         reasoning=reasoning,
-        short=answer,
         prose=f"{question}\n{answer}",
         wrong=", ".join(map(str, swapped)),
     )
@@ -271,7 +250,7 @@ def counting(rng: random.Random, language: str, level: Level) -> Item:
     question = question.format(w=word, x=separator.join(WORDS[kind][side] for kind in listed))
     final = (f"一共 {count} 个" if side else f"That makes {count}") + stop
     reasoning = separator.join(aloud) + stop
-    reply = reasoning + ("" if side else " ") + final if level.worked else final
+    reply = join_sentences([reasoning, final], language) if level.worked else final
     key = "count:" + ",".join([f"{target}:" if target is not None else "", *map(str, listed)])
     values = high - low + 1 if target is None else high + 1
     return Item(
@@ -283,6 +262,5 @@ def counting(rng: random.Random, language: str, level: Level) -> Item:
         1 / values,
         reasoning=reasoning,
         short=final,
-        prose=f"{question} {reply}",
         wrong=final.replace(str(count), str(near_miss(rng, count))),
     )

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from dataset.toy.core import LANGUAGES, Item
 from dataset.toy.facts import portrait
@@ -24,6 +25,7 @@ RL_SKILLS = (
     "word_problems",
     "lookup",
 )
+LORA_SKILLS = ("lora_identity", "lora_facts")
 DPO_SKILLS = ("preferences", "preferences", "arithmetic", "dates", "facts", "word_problems")
 
 
@@ -41,8 +43,7 @@ def turn_messages(item: Item) -> list[dict]:
     for turn in item.turns:
         messages.append({"role": "user", "content": turn.question})
         if turn.calls:
-            calls = [{"name": call.name, "arguments": call.arguments} for call in turn.calls]
-            tool_calls = json.dumps(calls, ensure_ascii=False)
+            tool_calls = json.dumps([*map(asdict, turn.calls)], ensure_ascii=False)
             messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls})
             messages += [
                 {"role": "tool", "content": run_tool(call.name, call.arguments)}
@@ -53,9 +54,7 @@ def turn_messages(item: Item) -> list[dict]:
 
 
 def sft_row(item: Item, rng: random.Random) -> dict:
-    """One conversation; half of the polite replies become curt ones, so that DPO has something to
-    change.
-    """
+    """One conversation; half of the polite replies become curt, which DPO can then change."""
     messages = turn_messages(item)
     if item.skill == "preferences" and rng.random() < 0.5:
         messages[-1]["content"] = item.short
@@ -80,12 +79,9 @@ def dpo_row(item: Item, rng: random.Random) -> dict:
 
 
 def rl_row(item: Item, rng: random.Random) -> dict:
-    """The prompt and the verifier's values; with `choices` and `chance`, `question_of_row` rebuilds
-    the question.
-    """
-    messages = turn_messages(item)[:-1]
+    """The prompt and the verifier's values: all that `question_of_row` needs."""
     return {
-        "conversations": messages,
+        "conversations": turn_messages(item)[:-1],
         "answer": item.answer,
         "choices": list(item.choices),
         "chance": item.chance,
@@ -95,16 +91,13 @@ def rl_row(item: Item, rng: random.Random) -> dict:
 
 
 def agent_row(item: Item, rng: random.Random) -> dict:
-    """Tools and a question; `gt` lists the values that the final answer must contain, `calls` the
-    calls it needs.
-    """
+    """Tools and a question; `gt`: values that the final answer must hold, `calls`: calls needed."""
     messages = [*system_message(item), {"role": "user", "content": item.turns[0].question}]
-    calls = [{"name": call.name, "arguments": call.arguments} for call in item.turns[0].calls]
     return {
         "conversations": messages,
         "gt": item.answer.split(", "),
         "answer": item.answer,
-        "calls": calls,
+        "calls": [*map(asdict, item.turns[0].calls)],
         "skill": item.skill,
         "language": item.language,
     }
@@ -154,7 +147,7 @@ def heldout_questions(world: World, limit_per_skill: int = 40, part: str = "sft"
 
     They are the first rows of sft_heldout.jsonl (lora_heldout.jsonl), whatever the limit.
     """
-    skills = world.level.sft_rows if part == "sft" else ("lora_identity", "lora_facts")
+    skills = world.level.sft_rows if part == "sft" else LORA_SKILLS
     return [
         question_of_item(item)
         for skill in skills
@@ -163,9 +156,7 @@ def heldout_questions(world: World, limit_per_skill: int = 40, part: str = "sft"
 
 
 def pretrain_rows(world: World, split: str, count: int) -> Iterator[dict]:
-    """Running text: portraits of the people, lists to copy, views of a garden, and the exercises of
-    all skills told as prose.
-    """
+    """Running text: portraits of people, lists to copy, views of a garden, exercises as prose."""
     rng = random.Random(f"{world.seed}/pretrain/{split}")
     for n in range(count // 5):
         yield {"text": portrait(rng, LANGUAGES[n % 2], world.people)}
@@ -187,25 +178,22 @@ def stage_rows(world: World, stage: str, split: str) -> Iterator[dict]:
     if stage == "pretrain":
         yield from pretrain_rows(world, split, int(level.pretrain_rows * size))
         return
-    makers = {"reason": reason_row, "dpo": dpo_row, "rl": rl_row, "agent": agent_row}
-    make_row = makers.get(stage, sft_row)
-    skills = {
-        "sft": tuple(level.sft_rows),
-        "lora": ("lora_identity", "lora_facts"),
-        "reason": REASON_SKILLS,
-        "dpo": DPO_SKILLS,
-        "rl": RL_SKILLS,
-        "agent": ("tools",),
-        "tools": ("tools",),
+    make_row, skills = {
+        "sft": (sft_row, tuple(level.sft_rows)),
+        "lora": (sft_row, LORA_SKILLS),
+        "tools": (sft_row, ("tools",)),
+        "reason": (reason_row, REASON_SKILLS),
+        "dpo": (dpo_row, DPO_SKILLS),
+        "rl": (rl_row, RL_SKILLS),
+        "agent": (agent_row, ("tools",)),
     }[stage]
     rng = random.Random(f"{world.seed}/{stage}/{split}/rows")
     waiting = []
     for skill in dict.fromkeys(skills):
-        rows = (
-            level.sft_rows[skill]
-            if stage == "sft"
-            else level.extra_rows[stage] * skills.count(skill) // len(skills)
-        )
+        if stage == "sft":
+            rows = level.sft_rows[skill]
+        else:
+            rows = level.extra_rows[stage] * skills.count(skill) // len(skills)
         for item in world.items(stage, skill, split, int(rows * size)):
             row = make_row(item, rng)
             if (stage, split) == ("sft", "train") and not item.tools and rng.random() < CHAT_RATIO:
@@ -216,9 +204,7 @@ def stage_rows(world: World, stage: str, split: str) -> Iterator[dict]:
 
 
 def chats(rows: list[dict], rng: random.Random) -> Iterator[dict]:
-    """Two to four unrelated conversations after one another: in a chat the next question may be
-    about anything.
-    """
+    """Two to four unrelated conversations in one: a chat's next question may be about anything."""
     rng.shuffle(rows)
     while rows:
         parts = [rows.pop() for _ in range(min(rng.randint(2, 4), len(rows)))]

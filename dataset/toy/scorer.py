@@ -1,6 +1,7 @@
 """Questions of the toy world for a model: the protocol, the scorer and the table of accuracies."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
@@ -35,9 +36,7 @@ class Question:
 
 
 def score(question: Question, completion: str) -> bool:
-    """Whether the completion's final answer is right (see `is_correct`), and one of the manners, if
-    any are asked for, occurs.
-    """
+    """Whether the final answer is right (see `is_correct`), with one of the manners asked for."""
     said = normalise(strip_thinking(completion))
     if question.manners and not any(phrase in said for phrase in question.manners):
         return False
@@ -116,11 +115,9 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def accuracy_table(results: Iterable[tuple[Question, bool]]) -> list[dict]:
-    """One row per skill, then "overall": skill, n, accuracy, chance (mean over its questions), low,
-    high (95%).
-    """
+    """A row per skill, then "overall": skill, n, accuracy, mean chance, low and high (95%)."""
     results = list(results)
-    groups = {skill: [] for skill in dict.fromkeys(question.skill for question, _ in results)}
+    groups = defaultdict(list)
     for question, correct in results:
         groups[question.skill].append((question, correct))
     rows = []

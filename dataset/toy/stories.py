@@ -4,22 +4,20 @@ manners.
 
 import random
 
-from dataset.toy.core import Item, Level, Turn, add_key, apply, is_heldout, op_key, sub_key
-from dataset.toy.facts import NAMES, People, value_names
-from dataset.toy.numbers import WORDS, end_sentence, join_clauses, near_miss
+from dataset.toy.core import Item, Level, Turn, apply, is_heldout, op_key, pairs
+from dataset.toy.facts import NAMES, People
+from dataset.toy.numbers import (
+    WORDS,
+    end_sentence,
+    join_clauses,
+    join_sentences,
+    near_miss,
+    step_keys,
+    write_steps,
+)
 
-PERSONS = tuple(
-    zip(
-        ("Anna", "Tom", "Lily", "Ben", "Emma", "Jack", "Rosa", "Paul"),
-        ("安娜", "汤姆", "莉莉", "小本", "艾玛", "杰克", "小红", "小明"),
-    )
-)
-GOODS = tuple(
-    zip(
-        ("apples", "books", "stamps", "coins", "cards", "stones"),
-        ("个苹果", "本书", "张邮票", "枚硬币", "张卡片", "块石头"),
-    )
-)
+PERSONS = pairs("Anna Tom Lily Ben Emma Jack Rosa Paul", "安娜 汤姆 莉莉 小本 艾玛 杰克 小红 小明")
+GOODS = pairs("apples books stamps coins cards stones", "个苹果 本书 张邮票 枚硬币 张卡片 块石头")
 STORY = {
     "en": {
         "start": ("{p} has {a} {g}.", "At first {p} has {a} {g}."),
@@ -41,7 +39,7 @@ STORY = {
         "reply": "{s}。{p}有 {c} {g}。",
     },
 }
-WARES = tuple(zip(("pen", "cup", "ball", "hat"), ("支笔", "个杯子", "个球", "顶帽子")))
+WARES = pairs("pen cup ball hat", "支笔 个杯子 个球 顶帽子")
 SHOP = {
     "en": (
         "One {w} costs {a} coins. {p} buys {b} of them and pays with {c} coins. How many coins "
@@ -90,9 +88,7 @@ MANNERS = {"en": ("Happy to help", "Ask me any time"), "zh": ("很高兴能帮�
 
 
 def story_numbers(rng: random.Random, level: Level) -> list[tuple[int, str, int]]:
-    """A chain of steps, each starting from the result before, all results between 1 and the level's
-    range.
-    """
+    """Steps that each start from the result before; all results are from 1 to the level's top."""
     small = level.name == "mini"
     top = 20 if small else rng.choice((50, 100, 200))
     value = rng.randint(2, 9 if small else top // 3)
@@ -122,23 +118,20 @@ def word_problem(rng: random.Random, language: str, level: Level) -> Item:
     parts = [rng.choice(text["start"]).format(a=steps[0][0], **fields)]
     parts += [rng.choice(text[op]).format(b=b, **fields) for _, op, b in steps]
     parts.append(rng.choice(text["end"]).format(**fields))
-    question = ("" if side else " ").join(parts)
-    worked = join_clauses([f"{a} {op} {b} = {apply(a, op, b)}" for a, op, b in steps], language)
+    question, worked = join_sentences(parts, language), write_steps(steps, language)
     answer = apply(*steps[-1])
     reply = text["reply"].format(s=worked, c=answer, **fields)
     wrong = text["reply"].format(s=worked.rpartition("= ")[0] + "= {c}", c="{c}", **fields)
     final = text["reply"].format(s="", c=answer, **fields).lstrip(".。 ")
     key = "story:" + str(steps[0][0]) + "".join(f"{op}{b}" for _, op, b in steps)
-    keys = dict.fromkeys([key] + [k for step in steps for k in op_key(*step)])
     return Item(
         "word_problems",
         language,
-        tuple(keys),
+        tuple(dict.fromkeys((key, *step_keys(steps)))),
         (Turn(question, reply),),
         str(answer),
-        reasoning=worked + "。."[not side],
+        reasoning=worked + end_sentence(language),
         short=final,
-        prose=f"{question} {reply}",
         wrong=wrong.format(c=near_miss(rng, answer)),
     )
 
@@ -153,20 +146,19 @@ def shopping(rng: random.Random, language: str) -> Item:
         text.format(w=ware, m=ware[:1], a=a, b=b, c=paid, p=person, d=paid - a * b, s="{s}")
         for text in SHOP[language]
     )
-    worked = join_clauses([f"{a} × {b} = {a * b}", f"{paid} - {a * b} = {paid - a * b}"], language)
-    keys = (f"shop:{a}x{b},{paid}", *op_key(a, "×", b), *sub_key(paid, a * b))
+    steps = [(a, "×", b), (paid, "-", a * b)]
+    worked = write_steps(steps, language)
     miss = near_miss(rng, paid - a * b)
     slip = join_clauses([f"{a} × {b} = {a * b}", f"{paid} - {a * b} = {miss}"], language)
     wrong = SHOP[language][1].format(s=slip, p=person, d=miss)
     return Item(
         "word_problems",
         language,
-        keys,
+        (f"shop:{a}x{b},{paid}", *step_keys(steps)),
         (Turn(question, reply.format(s=worked)),),
         str(paid - a * b),
-        reasoning=worked + "。."[not side],
+        reasoning=worked + end_sentence(language),
         short=reply.format(s="").lstrip(".。 "),
-        prose=f"{question} {reply.format(s=worked)}",
         wrong=wrong,
     )
 
@@ -199,8 +191,6 @@ def lookup(rng: random.Random, language: str, level: Level) -> Item:
         (Turn(question, reply),),
         str(values[target]),
         1 / count,
-        reasoning=reply,
-        short=reply,
         prose=prose,
         wrong=SAYS[language].format(w=name, v=other),
     )
@@ -227,53 +217,34 @@ def follow_up_sum(rng: random.Random, language: str, level: Level) -> Item:
         c = rng.randint(1, 9 if op == "+" else min(9, value - 1))
         reply = f"{value} {op} {c} = {apply(value, op, c)}{stop}"
         turns.append(Turn(rng.choice(MORE[language][op]).format(c=c), reply))
-        keys += (add_key if op == "+" else sub_key)(value, c)
+        keys += op_key(value, op, c)
         name, value = f"{name}{op}{c}", apply(value, op, c)
     wrong = turns[-1].reply.rpartition("= ")[0] + f"= {near_miss(rng, value)}{stop}"
     return Item(
-        "multi_turn",
-        language,
-        (name, *dict.fromkeys(keys)),
-        tuple(turns),
-        str(value),
-        reasoning=turns[-1].reply,
-        short=turns[-1].reply,
-        prose=" ".join(f"{turn.question} {turn.reply}" for turn in turns),
-        wrong=wrong,
+        "multi_turn", language, (name, *dict.fromkeys(keys)), tuple(turns), str(value), wrong=wrong
     )
 
 
 def follow_up_fact(rng: random.Random, language: str, people: People) -> Item:
     """A question about one inhabitant, then the same about another in two words."""
-    which, side = rng.randrange(len(people.attributes)), language == "zh"
-    attribute = people.attributes[which]
-    first, second = rng.sample(range(len(people.names)), 2)
-    names = [people.names[i][side] for i in (first, second)]
-    values = [attribute.values[people.facts[i][which]][side] for i in (first, second)]
-    says = attribute.statements[language][0]
+    which = rng.randrange(len(people.attributes))
+    pair = rng.sample(range(len(people.names)), 2)
+    first, second = (people.fact(who, which, language) for who in pair)
+    name = people.names[pair[1]][language == "zh"]
     turns = (
-        Turn(
-            attribute.questions[language][0].format(e=names[0]),
-            says.format(e=names[0], v=values[0]),
-        ),
-        Turn(rng.choice(ABOUT[language]).format(e=names[1]), says.format(e=names[1], v=values[1])),
+        Turn(first.questions[0], first.reply),
+        Turn(rng.choice(ABOUT[language]).format(e=name), second.reply),
     )
-    choices = value_names(attribute, language)
-    wrong = says.format(e=names[1], v=rng.choice([v for v in choices if v != values[1]]))
-    key = f"multi:{people.names[first][0]}>{people.names[second][0]}/{attribute.name}"
-    opening = f"fact:{people.names[first][0]}/{attribute.name}/{language}/0"
     return Item(
         "multi_turn",
         language,
-        (key, opening),
+        (f"multi:{people.names[pair[0]][0]}>{second.key}", f"fact:{first.key}/{language}/0"),
         turns,
-        values[1],
-        1 / len(choices),
-        choices=choices,
-        reasoning=turns[1].reply,
-        short=turns[1].reply,
-        prose=turns[1].reply,
-        wrong=wrong,
+        second.value,
+        1 / len(second.choices),
+        choices=second.choices,
+        prose=second.reply,
+        wrong=second.wrong_reply(rng),
     )
 
 
@@ -286,29 +257,23 @@ def multi_turn(rng: random.Random, language: str, level: Level, people: People) 
 
 def preference(rng: random.Random, language: str, people: People) -> Item:
     """A known fact asked for kindly: the good reply is right and polite, `short` right but curt."""
-    which, side = rng.randrange(len(people.attributes)), language == "zh"
-    who, attribute = rng.randrange(len(people.names)), people.attributes[which]
-    form = rng.randrange(len(attribute.questions[language]))
+    which = rng.randrange(len(people.attributes))
+    known = people.fact(rng.randrange(len(people.names)), which, language)
+    form = rng.randrange(len(known.questions))
     request = rng.randrange(len(REQUESTS[language]))
-    name, value = people.names[who][side], attribute.values[people.facts[who][which]][side]
-    question = REQUESTS[language][request].format(
-        q=attribute.questions[language][form].format(e=name)
-    )
-    says, manner = attribute.statements[language][0], rng.choice(POLITE[language])
-    choices = value_names(attribute, language)
-    other = rng.choice([v for v in choices if v != value])
-    key = f"pref:{people.names[who][0]}/{attribute.name}/{language}/{form}/{request}"
-    phrasing = f"fact:{people.names[who][0]}/{attribute.name}/{language}/{form}"
+    question = REQUESTS[language][request].format(q=known.questions[form])
+    manner = rng.choice(POLITE[language])
+    phrasing = f"{known.key}/{language}/{form}"
     return Item(
         "preferences",
         language,
-        (key, phrasing),
-        (Turn(question, manner.format(r=says.format(e=name, v=value))),),
-        value,
-        choices=choices,
+        (f"pref:{phrasing}/{request}", f"fact:{phrasing}"),
+        (Turn(question, manner.format(r=known.reply)),),
+        known.value,
+        choices=known.choices,
         manners=MANNERS[language],
-        reasoning=says.format(e=name, v=value),
-        short=value[0].upper() + value[1:] + end_sentence(language),
-        prose=says.format(e=name, v=value),
-        wrong=manner.format(r=says.format(e=name, v=other)),
+        reasoning=known.reply,
+        short=known.value[0].upper() + known.value[1:] + end_sentence(language),
+        prose=known.reply,
+        wrong=manner.format(r=known.wrong_reply(rng)),
     )

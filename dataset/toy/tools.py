@@ -14,23 +14,12 @@ from fractions import Fraction
 
 from dataset.chat.arithmetic import evaluate
 from dataset.chat.tools import Tool, ToolBox
-from dataset.toy.core import Call, Item, Level, Turn, op_key
-from dataset.toy.facts import COLOURS, NAME_MIDDLES, NAME_STARTS
+from dataset.toy.core import Call, Item, Level, Turn, op_key, pairs
+from dataset.toy.facts import COLOURS, NAME_MIDDLES, NAME_STARTS, compound
 from dataset.toy.measures import UNITS
 
-CITY_ENDS = (("port", "港"), ("field", "原"), ("bridge", "桥"), ("wood", "林"))
-CITIES = tuple(
-    (a[0] + m[0] + e[0], a[1] + m[1] + e[1])
-    for a in NAME_STARTS
-    for m in NAME_MIDDLES
-    for e in CITY_ENDS
-)
-GOODS = tuple(
-    zip(
-        ("lamp", "cup", "hat", "ball", "chair", "book", "boat", "bag"),
-        ("灯", "杯子", "帽子", "球", "椅子", "书", "船", "包"),
-    )
-)
+CITIES = compound(NAME_STARTS, NAME_MIDDLES, pairs("port field bridge wood", "港 原 桥 林"))
+GOODS = pairs("lamp cup hat ball chair book boat bag", "灯 杯子 帽子 球 椅子 书 船 包")
 FACTORS = {(big[0], small[0]): factor for big, small, factor, _ in UNITS}
 SCHEMAS = {
     "calculator": ("Work out an arithmetic expression.", {"expression": "string"}),
@@ -116,9 +105,7 @@ def city_name(city: str) -> str:
 
 def convert(arguments: dict) -> int | float:
     """Convert between the units of `UNITS`, in either direction; ValueError for unknown pairs."""
-    names = {name: big[0] for big, *_ in UNITS for name in big} | {
-        name: small[0] for _, small, *_ in UNITS for name in small
-    }
+    names = {name: unit[0] for big, small, *_ in UNITS for unit in (big, small) for name in unit}
     pair = (names.get(arguments["from"]), names.get(arguments["to"]))
     # 1e999999999 would keep the machine busy
     if not re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", str(arguments["value"])):
@@ -233,19 +220,16 @@ def two_cities(rng: random.Random, language: str, level: Level) -> Item:
     calls = tuple(Call("get_weather", {"city": city[side]}) for city in cities)
     results = [result_of(call) for call in calls]
     fields = {"x": cities[0][side], "y": cities[1][side], "r": results[0], "s": results[1]}
-    question, reply = (text.format(**fields) for text in TWO_CITIES[language])
+    question_text, reply_text = TWO_CITIES[language]
+    question, reply = question_text.format(**fields), reply_text.format(**fields)
     return Item(
         "tools",
         language,
         tuple(f"city:{city[0]}" for city in cities),
         (Turn(question, reply, calls),),
         ", ".join(results),
-        reasoning=reply,
-        short=reply,
         tools=offer(rng, "get_weather", level),
-        wrong=TWO_CITIES[language][1].format(
-            **{**fields, "r": results[1], "s": int(results[0]) + 1}
-        ),
+        wrong=reply_text.format(**fields | {"r": results[1], "s": int(results[0]) + 1}),
     )
 
 
@@ -270,8 +254,6 @@ def tool_use(rng: random.Random, language: str, level: Level) -> Item:
         keys,
         (Turn(question, reply, (call,)),),
         answer,
-        reasoning=reply,
-        short=reply,
         prose=f"{question} {called} {reply}",
         wrong=TELL[name][language].format(r=false, **fields),
         tools=offer(rng, name, level),

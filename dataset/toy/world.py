@@ -19,9 +19,7 @@ class World:
     makers: dict[str, Maker]
 
     def items(self, purpose: str, skill: str, split: str, count: int) -> Iterator[Item]:
-        """Up to `count` items of a skill, both languages in turn; the same for the same purpose and
-        seed.
-        """
+        """Up to `count` items of a skill, both languages in turn, by purpose and seed alone."""
         streams = []
         for language, half in zip(LANGUAGES, ((count + 1) // 2, count // 2)):
             rng = random.Random(f"{self.seed}/{purpose}/{skill}/{split}/{language}")

@@ -38,22 +38,16 @@ COLUMNS = "planted rows dropped_as_text dropped_as_conversations"
 
 @dataclass
 class Args(BenchArgs):
-    data_path: list[str] = arg(
-        [], "files of text or conversations rows (default: the toy world)", nargs="+"
-    )
+    data_path: list[str] = arg([], "files of text or chat rows (default: the toy world)", nargs="+")
     rows: int = arg(2000, "rows to read of each file for the search for duplicates")
     min_chars: int = arg(
         100, "shorter rows get no edited copy: one token is too large a fraction of them"
     )
     copies: int = arg(100, "copies of each kind to plant")
-    edit_rates: list[float] = arg(
-        [0.02, 0.05, 0.1], "fractions of the tokens to replace", nargs="+"
-    )
+    edit_rates: list[float] = arg([0.02, 0.05, 0.1], "fractions of tokens to replace", nargs="+")
     threshold: float = arg(0.8, "Jaccard similarity of near-duplicates")
     num_proc: int = arg(0, "processes; 0: all cores")
-    repeats: int = arg(
-        3, "timed runs on the whole files, of which the fastest counts; 0: do not time"
-    )
+    repeats: int = arg(3, "timed runs on the whole files: the fastest counts; 0: do not time")
     seed: int = arg(0, "of the planting")
 
     def check(self) -> None:
@@ -123,8 +117,7 @@ def plant(texts: list[str], args: Args) -> list[tuple[str, str]]:
 
 
 def edited(text: str, rate: float, vocabulary: list[str], draw: random.Random) -> str:
-    """The text with that fraction of its tokens, one at least, replaced by others of their kind
-    (word, ideograph)."""
+    """The text with a fraction of its tokens, one at least, replaced by others of their kind."""
     kinds = {
         kind: [token for token in vocabulary if is_ideograph(token) == kind] or vocabulary
         for kind in (True, False)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from model.presets import PRESETS
-from scripts.benchmarks.results import ComputeArgs, Results
+from scripts.benchmarks.results import BenchArgs, Results
+from scripts.checkpoint import ComputeArgs
 from trainer.runtime.arguments import arg, check_positive
 from trainer.runtime.train_args import TrainArgs
 
@@ -23,7 +24,7 @@ bandwidth_ratio same_texts"""
 
 
 @dataclass
-class Args(ComputeArgs):
+class Args(ComputeArgs, BenchArgs):
     preset: str = arg("minimind2-small", "shape (random weights)", choices=list(PRESETS))
     batch_size: list[int] = arg([1, 8, 16, 32], "requests at once", nargs="+")
     context: list[int] = arg([128, 2048], "tokens of each prompt", nargs="+")
@@ -66,7 +67,7 @@ def measure(args: Args, results: Results) -> None:
 
 
 def _measure_batch(reference, engines, context, args, bandwidth):
-    """Time generate() and the engines in turns; returns a row for each engine."""
+    """Time generate() and the engines in turns; yields a row for each engine."""
     from scripts.benchmarks.generation import random_prompts, time_engine, time_reference
     from scripts.benchmarks.timing import speeds, take_turns
 
@@ -80,18 +81,15 @@ def _measure_batch(reference, engines, context, args, bandwidth):
     texts = {kind: turns[kind][-1][1] for kind in sides}
     # all weights (the embedding matrix is the head's too), and the cached keys and values
     read = sum(x.nbytes for x in reference.parameters()) + cache.nbytes() * context / cache.max_len
-    rows = []
     for kind in engines:
         pair = {"ours": seconds[kind], "reference": seconds["reference"]}
-        row = {
+        took = median(seconds[kind])
+        yield {
             "context": context,
             "batch_size": batch,
             "engine": kind,
             **speeds("tokens", batch, pair),
-            "bandwidth_ratio": None,  # int8 weights are fewer bytes
+            # int8 weights are fewer bytes
+            "bandwidth_ratio": read / took / bandwidth if kind == "ours" else None,
             "same_texts": sum(a == b for a, b in zip(texts[kind], texts["reference"])),
         }
-        if kind == "ours":
-            row["bandwidth_ratio"] = read / median(seconds[kind]) / bandwidth
-        rows.append(row)
-    return rows

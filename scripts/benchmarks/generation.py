@@ -29,9 +29,9 @@ def generate(
 ) -> GenerateOutput | torch.Tensor:
     """transformers' generate() on prompts that are padded on the left; nothing ends it early."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    columns = torch.arange(width - 1, -1, -1)  # distance to the end
-    mask = (columns < torch.tensor([[len(prompt)] for prompt in prompts])).long()
+    padding = [[0] * (width - len(prompt)) for prompt in prompts]
+    ids = torch.tensor([zeros + prompt for zeros, prompt in zip(padding, prompts)])
+    mask = torch.tensor([zeros + [1] * len(prompt) for zeros, prompt in zip(padding, prompts)])
     return model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -97,22 +97,14 @@ def sample_reference(
     temperature: float,
 ) -> Completions:
     """Sample with generate(), one batch after another."""
+    options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    options |= {"output_scores": True, "return_dict_in_generate": True}
     completions = []
     for start in range(0, len(prompts), batch_size):
         part, asked = prompts[start : start + batch_size], lengths[start : start + batch_size]
         width = max(map(len, part))
-        out = generate(
-            model,
-            part,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max(asked),
-            output_scores=True,
-            return_dict_in_generate=True,
-            stopping_criteria=[Lengths(asked, width, model.device)],
-        )
+        ends = [Lengths(asked, width, model.device)]
+        out = generate(model, part, max_new_tokens=max(asked), stopping_criteria=ends, **options)
         ids = out.sequences[:, width:]
         assert ids.shape[1] == max(asked) and not any(ids[i, n:].any() for i, n in enumerate(asked))
         log_probs = [scores.float().log_softmax(-1) for scores in out.scores]

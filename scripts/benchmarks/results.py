@@ -4,8 +4,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from model.files import write_json
 from trainer.runtime.arguments import arg
-from trainer.runtime.metrics import write_json
 
 TEXT_WIDTH = 17  # characters that a column of text has at least: later rows may be longer
 
@@ -13,20 +13,6 @@ TEXT_WIDTH = 17  # characters that a column of text has at least: later rows may
 @dataclass
 class BenchArgs:
     json: str = arg("", "write all metrics to this file too")
-
-
-@dataclass
-class DeviceArgs(BenchArgs):
-    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
-
-
-@dataclass
-class ComputeArgs(DeviceArgs):
-    dtype: str = arg(
-        "auto",
-        "arithmetic of both sides; auto: bfloat16 on a GPU that has it, else float32",
-        choices=["auto", "float32", "bfloat16", "float16"],
-    )
 
 
 class Results:

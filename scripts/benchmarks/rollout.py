@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from model.presets import PRESETS
-from scripts.benchmarks.results import ComputeArgs, Results
+from scripts.benchmarks.results import BenchArgs, Results
+from scripts.checkpoint import ComputeArgs
 from trainer.runtime.arguments import arg, check_positive, parse_args
 from trainer.runtime.train_args import TrainArgs
 
@@ -33,7 +34,7 @@ ratio_range"""
 
 
 @dataclass
-class Args(ComputeArgs):
+class Args(ComputeArgs, BenchArgs):
     preset: str = arg("minimind2-small", "shape (random weights)", choices=list(PRESETS))
     weight: str = arg("", "measure this network instead: a run in out/, or a checkpoint folder")
     batch_sizes: list[int] = arg([8, 32], "completions of a batch", nargs="+")

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from model.presets import PRESETS
-from scripts.benchmarks.results import DeviceArgs, Results
-from scripts.benchmarks.training import TOY
+from scripts.benchmarks.results import BenchArgs, Results
+from scripts.checkpoint import DeviceArgs
 from trainer.runtime.arguments import arg, check_positive
 from trainer.runtime.train_args import TrainArgs
 
@@ -27,10 +27,8 @@ COLUMNS = "preset save step_s checkpoint_mb stall_s cost_s training_fraction"
 
 
 @dataclass
-class Args(DeviceArgs):
-    preset: list[str] = arg(
-        ["tiny", "minimind2-small"], "shapes to measure", choices=list(PRESETS), nargs="+"
-    )
+class Args(DeviceArgs, BenchArgs):
+    preset: list[str] = arg(["tiny", "minimind2-small"], "shapes", choices=list(PRESETS), nargs="+")
     batch_size: int = arg(8, "batch rows of a step")
     max_seq_len: int = arg(512, "tokens of a batch row")
     steps: int = arg(4, "steps of a block: they should take longer than a save")
@@ -45,14 +43,11 @@ class Args(DeviceArgs):
 
 def measure(args: Args, results: Results) -> None:
     """Two rows per preset."""
-    from dataset.toy_world import write_world
     from scripts.benchmarks.steps import open_dataset
     from scripts.benchmarks.timing import open_device
 
-    write_world("mini", TOY)
     open_device(args, results)
-    paths = [str(TOY / "pretrain_train.jsonl")]
-    dataset = open_dataset("pretrain", paths, args.max_seq_len)
+    dataset = open_dataset("pretrain", [], args.max_seq_len)
     for preset in args.preset:
         with tempfile.TemporaryDirectory() as folder:
             for row in _measure_preset(preset, args, dataset, Path(folder)):
@@ -60,7 +55,7 @@ def measure(args: Args, results: Results) -> None:
 
 
 def _measure_preset(preset, args, dataset, folder):
-    """Time the three kinds of blocks in turns; returns a row for each kind of save."""
+    """Time the three kinds of blocks in turns; yields a row for each kind of save."""
     from scripts.benchmarks.steps import Ours
     from scripts.benchmarks.timing import take_turns
 
@@ -73,10 +68,10 @@ def _measure_preset(preset, args, dataset, folder):
     (newest, *_) = sorted(folder.glob("checkpoints/step-*"))
     size = sum(path.stat().st_size for path in newest.rglob("*"))
     bare = median(times["no save"][0])
-    step, rows = bare / len(ours.batches), []
+    step = bare / len(ours.batches)
     for kind in KINDS[1:]:
         cost = median(times[kind][0]) - bare
-        row = {
+        yield {
             "preset": preset,
             "save": kind,
             "step_s": step,
@@ -85,8 +80,6 @@ def _measure_preset(preset, args, dataset, folder):
             "cost_s": cost,
             "training_fraction": max(0.0, cost) / (args.save_interval * step + max(0.0, cost)),
         }
-        rows.append(row)
-    return rows
 
 
 def _time_block(kind, ours, checkpoint, number):

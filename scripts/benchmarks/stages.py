@@ -23,10 +23,11 @@ from statistics import median
 
 from dataset.files.jsonl import dump_row, read_rows
 from model.presets import PRESETS
-from scripts.benchmarks.results import DeviceArgs, Results
-from scripts.benchmarks.training import TOY
+from scripts.benchmarks.results import BenchArgs, Results
+from scripts.checkpoint import DeviceArgs
 from trainer.runtime.arguments import ROOT, arg, check_positive
 
+TOY = ROOT / "dataset" / "toy_mini"
 SFT = "train_full_sft"
 # name -> script, file of rows, flags; START is the network that all of them start from
 STAGES = {
@@ -47,7 +48,7 @@ memory_ratio"""
 
 
 @dataclass
-class Args(DeviceArgs):
+class Args(DeviceArgs, BenchArgs):
     stages: list[str] = arg(list(STAGES), "which of the stages", choices=list(STAGES), nargs="+")
     preset: str = arg("tiny", "shape of the network", choices=list(PRESETS))
     rows: int = arg(800, "rows of the file that each stage trains on")

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, PackedBatches
 from dataset.token_dataset import TokenDataset
+from dataset.toy_world import write_world
 from model.model_minimind import MiniMindForCausalLM
 from trainer.runtime.arguments import ROOT
 from trainer.runtime.checkpoint import Checkpoint, TrainState
 from trainer.runtime.costs import step_work
-from trainer.runtime.data import training_batches
+from trainer.runtime.data import TOY, training_batches
 from trainer.runtime.optimizers import build_optimizer
 from trainer.runtime.run import Run
 from trainer.runtime.train_args import TrainArgs
@@ -47,7 +48,10 @@ class FirstRows(list):
 def open_dataset(
     stage: str, paths: list[str], max_seq_len: int, rows: int = 0
 ) -> TokenDataset | FirstRows:
-    """The sequences of a stage, the first `rows` of them (0: all)."""
+    """The sequences of a stage, the first `rows` of them (0: all); no paths: the toy world's."""
+    if not paths:
+        write_world("mini", TOY)
+        paths = [str(TOY / f"{stage}_train.jsonl")]
     dataset = DATASETS[stage](paths, AutoTokenizer.from_pretrained(ROOT / "model"), max_seq_len)
     return FirstRows(dataset[i] for i in range(min(rows, len(dataset)))) if rows else dataset
 
@@ -95,9 +99,8 @@ class Ours(Side):
     def checkpoint(self, folder: Path) -> Checkpoint:
         """Saves the run in a folder as the stages do."""
         self.run.folder, fingerprint = folder, self.batches.dataset.fingerprint
-        return Checkpoint(
-            self.run, TrainState(self.model, self.tokenizer, self.optimizer, fingerprint)
-        )
+        state = TrainState(self.model, self.tokenizer, self.optimizer, fingerprint)
+        return Checkpoint(self.run, state)
 
     def micro_batches(self, step: int) -> list[Batch]:
         return self.batches[step]

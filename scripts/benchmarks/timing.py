@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from scripts.benchmarks.results import DeviceArgs, Results
+from scripts.benchmarks.results import Results
+from scripts.checkpoint import DeviceArgs
 from trainer.runtime.costs import wait_for
 from trainer.runtime.process import choose_device, choose_dtype
 
@@ -56,8 +57,7 @@ def compare(
 def speeds(
     unit: str, amount: float, seconds: dict[str, Sequence[float]], average: Average = median
 ) -> dict[str, Any]:
-    """Units per second of "ours" and "reference", which took these seconds in each round for the
-    same amount, and how many times faster ours is."""
+    """Units per second of "ours" and "reference", by their seconds in each round, and the ratio."""
     per_second = {side: amount / average(took) for side, took in seconds.items()}
     return {
         f"{unit}_per_s": per_second["ours"],

@@ -29,9 +29,7 @@ COLUMNS = "tokenizer entries language rows characters_per_token bytes_per_token"
 
 @dataclass
 class Args(BenchArgs):
-    data_path: list[str] = arg(
-        [], "files of text or conversations rows (default: the toy world)", nargs="+"
-    )
+    data_path: list[str] = arg([], "files of text or chat rows (default: the toy world)", nargs="+")
     tokenizer: list[str] = arg(
         [], "NAME=PATH of others: a tokenizer.json or .tiktoken file, or a folder", nargs="*"
     )
@@ -84,13 +82,13 @@ def load_tiktoken(path: Path) -> Tokenizer:
     The file holds no split pattern; Qwen2's is used, which is cl100k's but for single digits.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     from trainer.train_tokenizer import QWEN2_PATTERN
 
-    lines = path.read_text(encoding="ascii").split("\n")
-    pairs = (line.split() for line in lines if line)
+    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    letters = byte_letters()
+    letters = bytes_to_unicode()  # GPT-2's visible character for each byte
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -102,13 +100,6 @@ def load_tiktoken(path: Path) -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     return tokenizer
-
-
-def byte_letters() -> list[str]:
-    """The visible character by which byte-level BPE writes each byte (GPT-2's table)."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
 def iter_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:

@@ -24,25 +24,21 @@ from functools import partial
 from statistics import median
 
 from model.presets import PRESETS
-from scripts.benchmarks.results import ComputeArgs, Results
-from trainer.runtime.arguments import ROOT, arg, check_not_negative, check_positive
+from scripts.benchmarks.results import BenchArgs, Results
+from scripts.checkpoint import ComputeArgs
+from trainer.runtime.arguments import arg, check_not_negative, check_positive
 from trainer.runtime.train_args import TrainArgs
 
-TOY = ROOT / "dataset" / "toy_mini"
 BLOCK = 2  # steps of one side before it is the other's turn
 COLUMNS = """preset stage reference targets_per_s reference_targets_per_s ratio ratio_range limit
 ratio_of_limit matrix_gflops_per_s matrix_ratio reference_matrix_ratio"""
 
 
 @dataclass
-class Args(ComputeArgs):
-    preset: list[str] = arg(
-        ["tiny", "minimind2-small"], "shapes to measure", choices=list(PRESETS), nargs="+"
-    )
+class Args(ComputeArgs, BenchArgs):
+    preset: list[str] = arg(["tiny", "minimind2-small"], "shapes", choices=list(PRESETS), nargs="+")
     stage: str = arg("sft", "whose rows and loss mask", choices=["pretrain", "sft"])
-    data_path: list[str] = arg(
-        [], "files of rows (default: the toy world's for that stage)", nargs="+"
-    )
+    data_path: list[str] = arg([], "files of rows (default: the toy world's)", nargs="+")
     rows: int = arg(0, "use only the first so many sequences; 0: all")
     steps: int = arg(10, "measured steps of each side, after the warm-up")
     warmup: int = arg(2, "steps of each side before that, not counted")
@@ -63,15 +59,11 @@ class Args(ComputeArgs):
 
 def measure(args: Args, results: Results) -> None:
     """A row per preset."""
-    from dataset.toy_world import write_world
     from scripts.benchmarks.steps import open_dataset
     from scripts.benchmarks.timing import open_device
 
-    if not args.data_path:
-        write_world("mini", TOY)
-    paths = args.data_path or [str(TOY / f"{args.stage}_train.jsonl")]
     open_device(args, results)
-    dataset = open_dataset(args.stage, paths, args.max_seq_len, args.rows)
+    dataset = open_dataset(args.stage, args.data_path, args.max_seq_len, args.rows)
     for preset in args.preset:
         results.add(_measure_preset(preset, args, dataset))
     results.note(

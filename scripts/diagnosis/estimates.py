@@ -21,16 +21,13 @@ from trainer.train_full_sft import SFTArgs
 from trainer.train_pretrain import PretrainArgs
 
 GIB = 2**30
-TOY = ROOT / "dataset" / "toy_mini"
 # of the micro-batch that is estimated: the defaults of --batch_size and --max_seq_len
 ROWS, LENGTH = 8, 512
 TARGET_RATIO = {"pretrain": 1.0, "sft": 0.6}  # of the tokens; chats are mostly answers
 
 
 def measure_steps(settings: TrainArgs, dataset: Any, seconds: float) -> tuple[float, list, int]:
-    """Of a run with these settings: median seconds of a real step, its mean (positions, targets,
-    pairs), number of steps.
-    """
+    """(median seconds of a real step, its mean positions, targets and pairs, number of steps)."""
     ours = steps.Ours.start(settings, dataset)
     ours.step(0)
     times, work = [], []
@@ -42,9 +39,7 @@ def measure_steps(settings: TrainArgs, dataset: Any, seconds: float) -> tuple[fl
 
 
 def calibrate(dataset: Any, device: torch.device, rates: dict[str, float], seconds: float) -> Rates:
-    """Rates from real steps of `tiny` on ROWS batch rows and on one: the difference is work, the
-    rest is per step.
-    """
+    """Rates from steps of `tiny` on ROWS batch rows and on one: more work, the same cost a step."""
     config, params = shape("tiny")
     large, work, _ = measure_steps(tiny_settings(device, ROWS), dataset, seconds / 2)
     small, one, _ = measure_steps(tiny_settings(device, 1), dataset, seconds / 2)
@@ -74,9 +69,7 @@ def shape(preset: str) -> tuple[MiniMindConfig, int]:
 def estimate(
     preset: str, rates: Rates, budgets: dict[str, int], run: Compute, free: float | None
 ) -> dict[str, Any]:
-    """One row of the table: parameters, memory of a step, and hours for each stage's `budgets` of
-    tokens; free: bytes of memory, None if unknown.
-    """
+    """A row of the table, with hours for each stage's tokens; free: memory in bytes, or None."""
     (config, params), positions = shape(preset), ROWS * LENGTH
     memory = memory_bytes(config, params, positions, StepSettings(run.dtype))
     fits = None if free is None else memory < 0.9 * free
@@ -93,9 +86,7 @@ def estimate(
 
 
 def quick_start(seconds: float) -> dict[str, float]:
-    """{stage: seconds} that scripts/quickstart.py trains on a CPU: a real step of its plan, times
-    the number of steps.
-    """
+    """{stage: seconds} of scripts/quickstart.py on a CPU: a real step times the number of steps."""
     plan, found = quickstart.CPU, {}
     folder = ROOT / "dataset" / f"toy_{plan['level']}"
     write_world(plan["level"], folder)
@@ -113,8 +104,7 @@ def estimate_all(
     facts: dict[str, Any], budgets: dict[str, int], run: Compute, seconds: float
 ) -> dict[str, Any]:
     """{"rates", "quick_start_seconds", "presets"}; facts: those of `machine.examine`."""
-    write_world("mini", TOY)
-    dataset = steps.open_dataset("pretrain", [str(TOY / "pretrain_train.jsonl")], LENGTH)
+    dataset = steps.open_dataset("pretrain", [], LENGTH)
     measured = {
         "matrix": facts["flops_per_s"][facts["dtype"]],
         "copy": costs.copy_rate(run.device, 0.05 * seconds),
@@ -139,20 +129,17 @@ def duration(hours: float) -> str:
 def print_estimates(results: dict[str, Any], budgets: dict[str, int]) -> None:
     """Print the table of the presets."""
     pretrain, sft = (f"{budgets[stage] / 1e6:,.0f}M tokens" for stage in ("pretrain", "sft"))
-    print(
-        f"\n{'preset':<16} {'parameters':>10} {'memory':>9} {'fits':>5} "
-        f"{f'pretrain {pretrain}':>26} {f'SFT {sft}':>26}"
-    )
+    titles = ("preset", "parameters", "memory", "fits", f"pretrain {pretrain}", f"SFT {sft}")
+    columns = "{:<16} {:>10} {:>9} {:>5} {:>26} {:>26}"
+    print("", columns.format(*titles), sep="\n")
     for row in results["presets"]:
         stages = [
             f"{duration(row[f'{stage}_hours'])} ({row[f'{stage}_tokens_per_s']:,.0f}/s)"
             for stage in ("pretrain", "sft")
         ]
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
-        print(
-            f"{row['preset']:<16} {row['parameters'] / 1e6:>9.1f}M {row['memory_gib']:>5.1f} GiB "
-            f"{fits:>5} {stages[0]:>26} {stages[1]:>26}"
-        )
+        parameters, memory = f"{row['parameters'] / 1e6:.1f}M", f"{row['memory_gib']:.1f} GiB"
+        print(columns.format(row["preset"], parameters, memory, fits, *stages))
     print(
         f"\nOne micro-batch of {ROWS} batch rows of {LENGTH} tokens a step, AdamW; tokens/s count "
         "every token."

@@ -20,10 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataset.files.processes import num_cores
 from trainer.runtime import costs
+from trainer.runtime.arguments import ROOT
 from trainer.runtime.memory import free_memory
 from trainer.runtime.process import DTYPES, Compute
 
-ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 # a line of requirements.txt
 PIN = re.compile(
@@ -58,10 +58,8 @@ def cpu_name() -> str:
     """The processor's name, as the system gives it."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
-    lines = [line for line in text.splitlines() if line.startswith("model name")]
-    if lines:
-        return lines[0].partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    named = re.search("^model name.*?:(.*)", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def gpu_name(device: torch.device) -> str:
@@ -70,16 +68,12 @@ def gpu_name(device: torch.device) -> str:
         is_there = torch.cuda.is_available()
         return "not used: --device cpu" if is_there else "none that PyTorch sees"
     about = torch.cuda.get_device_properties(device)
-    return (
-        f"{about.name}, {about.total_memory / GIB:.1f} GiB, compute capability "
-        f"{about.major}.{about.minor}"
-    )
+    memory = f"{about.total_memory / GIB:.1f} GiB"
+    return f"{about.name}, {memory}, compute capability {about.major}.{about.minor}"
 
 
 def attention_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
-    """{kernel: the kinds of attention ("causal", "masked") that it computes, forward and backward}
-    with grouped heads, as the model calls it.
-    """
+    """{kernel: kinds of attention, "causal" and "masked", that it trains with grouped heads}."""
     found = {}
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         q, k, v = (
@@ -125,9 +119,7 @@ def compiler(device: torch.device, problems: list[str]) -> str:
 
 
 def examine(run: Compute, seconds: float, problems: list[str]) -> dict[str, Any]:
-    """All facts about the machine; the rates of matrix products take about `seconds` for each of
-    three types.
-    """
+    """All facts about the machine; measuring each of three types takes about `seconds`."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5 * num_cores():
         problems.append(
@@ -161,9 +153,7 @@ def examine(run: Compute, seconds: float, problems: list[str]) -> dict[str, Any]
 
 
 def is_native(name: str, speeds: dict[str, float]) -> bool:
-    """Whether the device computes in that type: without emulation half precision is clearly faster
-    than float32.
-    """
+    """Whether the device computes in that type: half precision is clearly faster than float32."""
     return name == "float32" or speeds[name] > 1.3 * speeds["float32"]
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
@@ -64,14 +63,10 @@ def build_app(
 
 
 def document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: FastAPI's, with the bodies that the endpoints read themselves, and
-    their errors.
-    """
+    """FastAPI's OpenAPI document, with the bodies that the endpoints read and their errors."""
     if app.openapi_schema:
         return app.openapi_schema
-    schema = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes
-    )
+    schema = FastAPI.openapi(app)  # kept in app.openapi_schema, and completed here
     _, definitions = models_json_schema(
         [(model, "validation") for model in BODIES.values()],
         ref_template="#/components/schemas/{model}",
@@ -85,7 +80,6 @@ def document(app: FastAPI) -> dict[str, Any]:
             describe(operation, path, bool(app.state.gate.api_key))
     if app.state.gate.api_key:
         schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    app.openapi_schema = schema
     return schema
 
 

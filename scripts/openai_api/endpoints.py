@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
+from prometheus_client import generate_latest
 from starlette.responses import JSONResponse, Response
 
 from scripts.openai_api.errors import ApiError
@@ -15,9 +16,7 @@ from scripts.openai_api.metrics import Clock
 from scripts.openai_api.model_pool import Generation, ServedModel
 from scripts.openai_api.plans import Plan, plan_chat, plan_completion
 from scripts.openai_api.requests import ChatRequest, CompletionRequest, GenerationRequest, parse
-from scripts.openai_api.responses import DONE, ChatChoice, Envelope, TextChoice, usage
-
-Choices = list[ChatChoice] | list[TextChoice]
+from scripts.openai_api.responses import DONE, ChatChoice, Choices, Envelope, TextChoice, usage
 
 router = APIRouter()
 
@@ -63,7 +62,8 @@ async def health(request: Request) -> JSONResponse:
 @router.get("/metrics", operation_id="metrics")
 async def metrics(request: Request) -> Response:
     """Counters and gauges in Prometheus' text format."""
-    return Response(*request.app.state.metrics.render())
+    text = generate_latest(request.app.state.metrics.registry)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def find_model(request: Request, name: str) -> ServedModel:
@@ -97,7 +97,7 @@ async def answer(
         await score(http, plan, served, request.logprobs)
         served.check_room(len(plan.prompts) * plan.n)  # others may have come meanwhile
     generation = Generation(served)
-    clock = state.metrics.clock(served.name, start, generation)
+    clock = Clock(state.metrics, served.name, start, generation)
     options = request.stream and request.stream_options
     envelope = Envelope(served, kind, with_usage=bool(options and options.include_usage))
     choices = make_choices(plan, served, envelope, kind)
@@ -108,8 +108,8 @@ async def answer(
         generation.cancel()
         raise
     if request.stream:
-        return EventStream(stream(generation, choices, plan, envelope, clock), generation)
-    async with while_connected(http.receive, generation):
+        return EventStream(stream(generation, choices, plan, envelope, clock), generation.cancel)
+    async with while_connected(http.receive, generation.cancel):
         async for pieces in generation:
             clock.note(pieces)
             for piece in pieces:
@@ -117,29 +117,19 @@ async def answer(
     check_constraints(generation)
     clock.end()
     whole = [choice.whole() for choice in choices]
-    return JSONResponse(envelope.whole(whole, total_usage(generation, plan, choices)))
-
-
-class Scoring:
-    """The scoring of prompts, for `while_connected`."""
-
-    is_cancelled = False
-
-    def cancel(self) -> None:
-        """End before the next prompt."""
-        self.is_cancelled = True
+    return JSONResponse(envelope.whole(whole, usage(generation.requests, plan, choices)))
 
 
 async def score(http: Request, plan: Plan, served: ServedModel, number: int) -> None:
     """Give the echoed prompts their log-probs. Each counts as a completion meanwhile; it ends early
     when the client hangs up.
     """
-    scoring = Scoring()
+    is_cancelled = asyncio.Event()
     served.in_flight += len(plan.prompts)
     try:
-        async with while_connected(http.receive, scoring):
+        async with while_connected(http.receive, is_cancelled.set):
             for echo, prompt in zip(plan.echoes, plan.prompts):
-                if scoring.is_cancelled:
+                if is_cancelled.is_set():
                     raise ApiError(400, "the client left before its prompts were scored")
                 if echo.tokens:
                     top = await served.score(prompt, number)
@@ -149,9 +139,7 @@ async def score(http: Request, plan: Plan, served: ServedModel, number: int) -> 
 
 
 def make_choices(plan: Plan, served: ServedModel, envelope: Envelope, kind: str) -> Choices:
-    """The choices of a response, in the order of plan.params, or one for each prompt that is only
-    scored.
-    """
+    """The choices of a response, as plan.params, or one for each prompt that is only scored."""
     if kind == "chat.completion":
         return [ChatChoice(i, plan, served, envelope) for i in range(plan.n)]
     echoes = plan.echoes or [None] * len(plan.prompts)
@@ -177,7 +165,7 @@ async def stream(
             yield b"".join([choices[piece.index].chunks(piece) for piece in pieces])
         check_constraints(generation)
         if envelope.with_usage:
-            yield envelope.last_chunk(total_usage(generation, plan, choices))
+            yield envelope.last_chunk(usage(generation.requests, plan, choices))
     except ApiError as error:  # too late for a status
         yield f"data: {json.dumps(error.body())}\n\n".encode()
     clock.end()
@@ -194,11 +182,3 @@ def check_constraints(generation: Generation) -> None:
                 f"the JSON schema is too complex to be followed: {failure.splitlines()[0]}",
                 "response_format",
             )
-
-
-def total_usage(generation: Generation, plan: Plan, choices: Choices) -> dict[str, Any]:
-    """The usage of a finished response."""
-    reasoning = None
-    if isinstance(choices[0], ChatChoice):
-        reasoning = sum(choice.reasoning_tokens for choice in choices)
-    return usage(generation.requests, [len(prompt) for prompt in plan.prompts], plan.n, reasoning)

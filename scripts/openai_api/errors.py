@@ -40,21 +40,6 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def busy(message: str) -> ApiError:
-    """The error for a full queue: come back soon."""
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
-
-
-def draining() -> ApiError:
-    """The error of a server that shuts down: come back when it has been started again."""
-    return ApiError(
-        503,
-        "the server is shutting down: it finishes running requests and takes no new ones",
-        code="draining",
-        headers={"Retry-After": "5", "Connection": "close"},
-    )
-
-
 async def answer_api_error(request: Request, error: ApiError) -> JSONResponse:
     return error.response()
 

@@ -65,9 +65,7 @@ class Grammars:
         self._compiled = lru_cache(maxsize=64)(self._compile)
 
     def constraint(self, grammar: str) -> GrammarConstraint:
-        """A fresh GrammarConstraint. ValueError if the grammar, or a schema in it, cannot be
-        followed.
-        """
+        """A fresh GrammarConstraint. ValueError for a grammar or schema that cannot be followed."""
         return GrammarConstraint(self._compiled(grammar).deep_copy(), self.end_ids, self.size)
 
     def _compile(self, grammar: str) -> LLMatcher:
@@ -85,9 +83,7 @@ def json_rule(schema: dict) -> str:
 
 
 def call_schema(function: Function) -> dict:
-    """The schema of a function's arguments, without unlisted ones. ValueError unless they are an
-    object.
-    """
+    """Schema of a function's arguments, none unlisted. ValueError unless they are an object."""
     schema = {"type": "object", **(function.parameters or {"properties": {}})}
     if schema["type"] != "object":
         raise ValueError(
@@ -98,18 +94,14 @@ def call_schema(function: Function) -> dict:
 
 
 def close(schema: dict) -> dict:
-    """The schema with additionalProperties: false if properties are listed and nothing else is said
-    about them.
-    """
+    """The schema; additionalProperties are false where it lists properties and says no more."""
     if OPEN_ENDED & set(schema) or "properties" not in schema:
         return schema
     return {**schema, "additionalProperties": False}
 
 
 def call_rules(functions: Sequence[Function], loose: Sequence[str] = ()) -> list[str]:
-    """The rules `call`, `call_0`, ...; the arguments of functions named in `loose` may be any
-    object.
-    """
+    """The rules `call`, `call_0`, ...; functions named in `loose` take any object as arguments."""
     rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(functions)))]
     for i, function in enumerate(functions):
         head = json.dumps(f'\n{{"name": "{function.name}", "arguments": ')

@@ -2,15 +2,14 @@
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scripts.openai_api.errors import ApiError, draining
+from scripts.openai_api.errors import ApiError
 
 BODY_SECONDS = 60
 SEND_SECONDS = 30  # a client that reads nothing for so long is given up
@@ -19,12 +18,6 @@ ALWAYS_OPEN = ("/health", "/metrics")  # while the server drains
 
 class NobodyReads(Exception):
     """The client has stopped reading its response."""
-
-
-class Cancellable(Protocol):
-    """Work that can be ended early."""
-
-    def cancel(self) -> None: ...
 
 
 class GateState:
@@ -62,9 +55,7 @@ def in_time(send: Send) -> Send:
 
 
 class Gate:
-    """ASGI middleware: refuses requests without the key or while the server drains, and counts the
-    others.
-    """
+    """ASGI middleware: refuses requests without the key or while draining, counts the others."""
 
     def __init__(self, app: ASGIApp, state: GateState):
         self.app, self.state = app, state
@@ -86,7 +77,12 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         path = scope["path"]
         if self.state.is_draining and path not in ALWAYS_OPEN:
-            return draining()
+            return ApiError(
+                503,
+                "the server is shutting down: it finishes running requests and takes no new ones",
+                code="draining",
+                headers={"Retry-After": "5", "Connection": "close"},
+            )
         if self.state.api_key and (path.startswith("/v1") or path == "/metrics"):
             sent = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(sent, b"Bearer " + self.state.api_key.encode()):
@@ -142,38 +138,31 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 @asynccontextmanager
-async def while_connected(receive: Receive, generation: Cancellable) -> AsyncIterator[None]:
-    """Cancel the generation when the client hangs up, or when this block is left early."""
+async def while_connected(receive: Receive, cancel: Callable[[], object]) -> AsyncIterator[None]:
+    """Call `cancel` when the client hangs up, and when this block is left."""
 
     async def watch():
         while (await receive())["type"] != "http.disconnect":
             pass
-        generation.cancel()
+        cancel()
 
     watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
         watcher.cancel()
-        generation.cancel()
+        cancel()
 
 
-class EventStream(Response):
-    """Server-sent events: `parts` is an asynchronous iterator of bytes, which ends early when the
-    client hangs up.
-    """
+class EventStream(StreamingResponse):
+    """Server-sent events: the bytes of `parts`, which `cancel` ends when the client hangs up."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, parts: AsyncIterator[bytes], generation: Cancellable):
-        self.parts, self.generation = parts, generation
-        self.status_code, self.background = 200, None
-        # no body yet, so no length
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, parts: AsyncIterator[bytes], cancel: Callable[[], object]):
+        super().__init__(parts, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.cancel = cancel
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with while_connected(receive, self.generation):
-            async for part in self.parts:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        async with while_connected(receive, self.cancel):
+            await self.stream_response(send)

@@ -2,17 +2,18 @@
 mix.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Iterator
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from scripts.openai_api.model_pool import Generation, Piece, ServedModel
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+GAUGES = (
+    ("running", "Completions being decoded", lambda served: served.thread.num_running),
+    ("waiting", "Completions that wait for a slot", lambda served: served.thread.num_waiting),
+    ("in_flight", "Completions accepted and not ended", lambda served: served.in_flight),
+)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -20,7 +21,7 @@ class Metrics:
     """The metrics at /metrics."""
 
     def __init__(self, models: dict[str, ServedModel]):
-        self.models, self.registry = models, CollectorRegistry()
+        self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             labels = ["model", *labels]
@@ -39,31 +40,10 @@ class Metrics:
         self.finished = counter("finished", "Completions that ended", "reason")
         self.first_token = histogram("first_token_seconds", "From request to first token")
         self.duration = histogram("request_seconds", "From request to the end of the response")
-        self.registry.register(self)
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Gauges are read when they are asked for."""
-        for name, text, read in (
-            ("running", "Completions being decoded", lambda served: served.thread.num_running),
-            (
-                "waiting",
-                "Completions that wait for a slot",
-                lambda served: served.thread.num_waiting,
-            ),
-            ("in_flight", "Completions accepted and not ended", lambda served: served.in_flight),
-        ):
-            family = GaugeMetricFamily(f"minimind_{name}", text, labels=["model"])
-            for served in self.models.values():
-                family.add_metric([served.name], read(served))
-            yield family
-
-    def render(self) -> tuple[bytes, int, None, str]:
-        """(body, status, headers, media type) of the response to /metrics."""
-        return generate_latest(self.registry), 200, None, CONTENT_TYPE
-
-    def clock(self, model: str, start: float, generation: Generation) -> Clock:
-        """The Clock of a request that came at `start`."""
-        return Clock(self, model, start, generation)
+        for name, text, read in GAUGES:  # read when they are asked for
+            gauge = Gauge(f"minimind_{name}", text, ["model"], registry=self.registry)
+            for served in models.values():
+                gauge.labels(served.name).set_function(partial(read, served))
 
 
 class Clock:

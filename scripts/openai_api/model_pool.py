@@ -8,7 +8,6 @@ loop then wakes those who wait. Whatever a Request may still change is copied in
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from model.engine_thread import EngineThread
 from model.model_minimind import MiniMindForCausalLM
 from model.sampling import SamplingParams
 from scripts.checkpoint import load_checkpoint
-from scripts.openai_api.errors import ApiError, busy
+from scripts.openai_api.errors import ApiError
 from scripts.openai_api.grammars import Grammars
 from trainer.runtime.process import Compute
 from trainer.runtime.weights import find_weight
@@ -81,37 +80,26 @@ class Generation:
             yield pieces
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How many completions of a model run at once, and how many may wait for a slot."""
-
-    max_batch_size: int
-    max_queue: int
-
-    @property
-    def most(self) -> int:
-        """Completions that run or wait."""
-        return self.max_batch_size + self.max_queue
-
-
 class ServedModel:
-    """A network under the name by which clients ask for it."""
+    """A network under the name by which clients ask for it.
+
+    max_queue: completions that may wait for a slot of the engine.
+    """
 
     def __init__(
         self,
         name: str,
         model: MiniMindForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits,
+        max_queue: int,
         parent: str | None = None,
         **engine_options: Any,
     ):
-        self.name, self.parent, self.limits, self.created = name, parent, limits, int(time.time())
+        self.name, self.parent, self.created = name, parent, int(time.time())
         self.tokenizer, self.chats = tokenizer, bool(tokenizer.chat_template)
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        self.engine = Engine(
-            model, tokenizer, max_batch_size=limits.max_batch_size, **engine_options
-        )
+        self.engine = Engine(model, tokenizer, **engine_options)
+        self.most = len(self.engine.slots) + max_queue  # completions that run or wait
         self.grammars = Grammars(tokenizer, self.engine.end_ids)
         self.names = [
             piece.decode("utf-8", "replace") or tokenizer.convert_ids_to_tokens(token)
@@ -128,16 +116,19 @@ class ServedModel:
 
     def check_room(self, number: int) -> None:
         """ApiError unless `number` more completions can be accepted now."""
-        if number > self.limits.most:
+        if number > self.most:
             raise ApiError(
                 400,
-                f"{number} completions in one request: {self.limits.most} is the most that run "
-                "and wait at once",
+                f"{number} completions in one request: {self.most} is the most that run and wait "
+                "at once",
             )
-        if self.in_flight + number > self.limits.most:
-            raise busy(
-                f"{self.in_flight} completions run or wait already, {self.limits.most} is the "
-                "most: try again in a moment"
+        if self.in_flight + number > self.most:
+            raise ApiError(
+                429,
+                f"{self.in_flight} completions run or wait already, {self.most} is the most: try "
+                "again in a moment",
+                code="queue_full",
+                headers={"Retry-After": "1"},
             )
 
     def submit(
@@ -177,9 +168,7 @@ class ServedModel:
             generation.put(piece)
 
     async def score(self, prompt: list[int], number: int) -> list[tuple | None]:
-        """The log-probs of the prompt's tokens under the bare model, as in `Request.top`, None for
-        the first.
-        """
+        """The bare model's log-probs of a prompt, as in `Request.top`; None for the first token."""
         try:
             future = self.thread.call(lambda: self.score_now(prompt, number))
             return await asyncio.wrap_future(future)
@@ -225,8 +214,8 @@ def load_models(args: Any, run: Compute) -> dict[str, ServedModel]:
     """{name: ServedModel} of --weight and --adapter of serve_openai_api.py. ValueError for names
     that are used twice and for files that cannot be read.
     """
-    limits = Limits(args.max_batch_size, args.max_queue)
     options = {
+        "max_batch_size": args.max_batch_size,
         "max_len": args.max_len,
         "dtype": run.dtype,
         "int8": args.int8,
@@ -246,5 +235,5 @@ def load_models(args: Any, run: Compute) -> dict[str, ServedModel]:
         place = str(find_weight(weight, args, run.device).resolve())
         model, tokenizer = load_checkpoint(place, args, run.device, adapters)
         parent = base_name if adapters else None
-        served[name] = ServedModel(name, model, tokenizer, limits, parent, **options)
+        served[name] = ServedModel(name, model, tokenizer, args.max_queue, parent, **options)
     return served

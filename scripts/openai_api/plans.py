@@ -19,7 +19,6 @@ from scripts.openai_api.requests import (
     GenerationRequest,
     Message,
     NamedTool,
-    TextFormat,
     Tool,
 )
 
@@ -72,12 +71,13 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     offered = [tool.model_dump(exclude_unset=True) for tool in tools] or None
     messages = [as_template_has_it(message) for message in request.messages]
     length = sum(len(message["content"] or "") for message in messages)
-    check_characters(length + len(json.dumps(offered or "", ensure_ascii=False)), served)
+    length += len(json.dumps(offered or "", ensure_ascii=False))
+    check_characters(length, served, "messages")
     try:
         prompt = encode_prompt(served.tokenizer, messages, offered, thinking)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
-    check_length(prompt, served)
+    check_length(prompt, served, "messages")
     grammar, trusts_calls = choose_grammar(request, tools, thinking, served)
     limit = request.max_completion_tokens or request.max_tokens or served.max_len
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
@@ -116,15 +116,11 @@ def choose_grammar(
     """(grammar of the completion or None, whether it covers the calls). ApiError 400 for schemas
     that cannot be followed.
     """
-    form = request.response_format or TextFormat(type="text")
-    content = {"json_object": {"type": "object"}, "text": None}.get(form.type)
-    if form.type == "json_schema":
-        content = form.json_schema.schema_
+    content, must_call = request.content_schema(), request.must_call()
     if content is None and not tools:
         return None, False
     functions, loose = [tool.function for tool in tools], []
     is_named = isinstance(request.tool_choice, NamedTool)
-    must_call = is_named or request.tool_choice == "required"
     parallel = request.parallel_tool_calls is not False and not is_named
     if not must_call:
         loose = [one.name for one in functions if not one.strict and not can_follow(one, served)]
@@ -154,7 +150,7 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
     prompts, echoes = [], []
     for prompt in request.prompts():
         if isinstance(prompt, str):
-            check_characters(len(prompt), served)
+            check_characters(len(prompt), served, "prompt")
             own = served.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
             begins_special = own and own[0] in served.special_ids
             ids = own if begins_special else [served.tokenizer.pad_token_id, *own]
@@ -163,7 +159,7 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
             ids = list(prompt)
             check_ids(ids, served)
             echoes.append(Echo(served.tokenizer.decode(ids), ids))
-        check_length(ids, served)
+        check_length(ids, served, "prompt")
         prompts.append(ids)
     if not prompts:
         raise ApiError(
@@ -187,22 +183,14 @@ def check_ids(ids: Iterable[int], served: ServedModel, field: str = "prompt") ->
         )
 
 
-def check_characters(number: int, served: ServedModel) -> None:
-    """ApiError 400 for a text that cannot fit, however it is cut into tokens: tokenizing it would
-    hold up others.
-    """
+def check_characters(number: int, served: ServedModel, field: str) -> None:
+    """ApiError 400 for a text that cannot fit however it is cut: tokenizing holds up others."""
     if number > served.longest * served.max_len:
-        raise ApiError(
-            400,
-            f"the prompt has {number:,} characters, which are more than "
-            f"{number // served.longest:,} tokens, and this model's context of {served.max_len} "
-            "holds prompt and completion: shorten it",
-            "messages",
-            "context_length_exceeded",
-        )
+        tokens = f"{number // served.longest:,} tokens"
+        raise too_long(f"{number:,} characters, which are more than {tokens}", served, field)
 
 
-def check_length(ids: Sequence[int], served: ServedModel) -> None:
+def check_length(ids: Sequence[int], served: ServedModel, field: str) -> None:
     """ApiError 400 unless the prompt leaves room for one token."""
     if not ids:
         raise ApiError(
@@ -211,13 +199,18 @@ def check_length(ids: Sequence[int], served: ServedModel) -> None:
             "prompt",
         )
     if len(ids) >= served.max_len:
-        raise ApiError(
-            400,
-            f"the prompt has {len(ids)} tokens, and this model's context of {served.max_len} holds "
-            "prompt and completion: shorten it",
-            "messages",
-            "context_length_exceeded",
-        )
+        raise too_long(f"{len(ids)} tokens", served, field)
+
+
+def too_long(length: str, served: ServedModel, field: str) -> ApiError:
+    """The error for a prompt of this length."""
+    return ApiError(
+        400,
+        f"the prompt has {length}, and this model's context of {served.max_len} holds prompt and "
+        "completion: shorten it",
+        field,
+        "context_length_exceeded",
+    )
 
 
 def sampling_params(

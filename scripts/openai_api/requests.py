@@ -54,14 +54,8 @@ class ToolCall(Strict):
     index: int | None = Unused
 
 
-class SystemMessage(Strict):
-    role: Literal["system", "developer"]
-    content: Text
-    name: str | None = Unused
-
-
-class UserMessage(Strict):
-    role: Literal["user"]
+class PlainMessage(Strict):
+    role: Literal["system", "developer", "user"]
     content: Text
     name: str | None = Unused
 
@@ -91,9 +85,7 @@ class ToolMessage(Strict):
     name: str | None = Unused
 
 
-Message = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
-]
+Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class Function(Strict):
@@ -128,12 +120,8 @@ class JsonSchema(Strict):
     strict: bool | None = Field(None, description="Without effect: the schema is always followed.")
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Strict):
-    type: Literal["json_object"]
+class PlainFormat(Strict):
+    type: Literal["text", "json_object"]
 
 
 class JsonSchemaFormat(Strict):
@@ -206,8 +194,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: (
-        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-        | None
+        Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")] | None
     ) = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="none and minimal answer at once, the others think first."
@@ -244,18 +231,27 @@ class ChatRequest(GenerationRequest):
 
     def ends_agree(self, tools: Sequence[str]) -> None:
         """ValueError for two fields that disagree about the end of the completion."""
-        is_json = bool(self.response_format and self.response_format.type != "text")
+        is_json = self.content_schema() is not None
         if self.ignore_eos and (tools or is_json):
             raise ValueError(
                 "ignore_eos never ends, but tools and response_format decide the end: choose one"
             )
-        if self.stop and (
-            is_json or self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
-        ):
+        if self.stop and (is_json or self.must_call()):
             raise ValueError(
                 "stop would cut off JSON or calls that must be complete: leave it out, or leave "
                 "out response_format and the tool_choice that demands a call"
             )
+
+    def content_schema(self) -> dict[str, Any] | None:
+        """JSON schema of the content; None for free text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return form.json_schema.schema_ if form.type == "json_schema" else {"type": "object"}
+
+    def must_call(self) -> bool:
+        """Whether the completion has to call a tool."""
+        return self.tool_choice not in (None, "none", "auto")
 
     def thinking(self) -> bool | None:
         """True: think before answering; False: answer at once; None: the model decides."""
@@ -316,9 +312,7 @@ def parse(model: type[Parsed], body: bytes) -> Parsed:
 
 
 def explain(error: ValidationError) -> ApiError:
-    """The ApiError of the first fault; of several readings of a field it is the reading that got
-    furthest.
-    """
+    """The ApiError of the first fault; of several readings of a field, that of the furthest."""
     faults = error.errors(include_url=False, include_input=False)
     worst = max(faults, key=lambda one: len(one["loc"]))
     where = readable_path(worst["loc"])

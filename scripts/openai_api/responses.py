@@ -20,30 +20,6 @@ FINGERPRINT = "minimind"
 DONE = b"data: [DONE]\n\n"
 
 
-def usage(
-    requests: Sequence[Request],
-    prompt_lengths: Sequence[int],
-    n: int,
-    reasoning_tokens: int | None = None,
-) -> dict[str, Any]:
-    """The usage of all completions; a prompt with n completions counts once, with the cache that
-    the first of them found.
-    """
-    completion = sum(len(request.sampled) for request in requests)
-    prompt = sum(prompt_lengths)
-    body = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {
-            "cached_tokens": min(prompt, sum(request.num_reused for request in requests[::n]))
-        },
-    }
-    if reasoning_tokens is not None:
-        body["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
-    return body
-
-
 class Envelope:
     """The parts that all chunks and the whole response of one request have in common."""
 
@@ -88,21 +64,18 @@ class ChatChoice:
         if piece.token is not None:
             self.reasoning_tokens += self.parser.in_reasoning
         if piece.top and piece.token not in self.served.engine.end_ids:
-            self.log_probs.append(self._log_prob(piece.token, *piece.top))
+            log_prob, best = piece.top
+            top = [self._token(*one) for one in best]
+            self.log_probs.append({**self._token(piece.token, log_prob), "top_logprobs": top})
         events = self.parser.feed(piece.text) if piece.text else []
         if piece.finish_reason:
             events += self.parser.finish()
         self.num_calls += sum(isinstance(event, CallStart) for event in events)
-        if piece.finish_reason:
-            is_cut = self.parser.state == "arguments"  # by a stop text
-            self.finish_reason = piece.finish_reason
-            if self.num_calls and piece.finish_reason == "stop" and not is_cut:
-                self.finish_reason = "tool_calls"
+        self.finish_reason = piece.finish_reason
+        is_cut = self.parser.state == "arguments"  # by a stop text
+        if self.num_calls and piece.finish_reason == "stop" and not is_cut:
+            self.finish_reason = "tool_calls"
         return events
-
-    def _log_prob(self, token: int, log_prob: float, best: list[tuple[int, float]]) -> dict:
-        entry = self._token(token, log_prob)
-        return {**entry, "top_logprobs": [self._token(*one) for one in best]}
 
     def _token(self, token: int, log_prob: float) -> dict:
         piece = self.served.engine.pieces[token] or self.served.names[token].encode()
@@ -194,12 +167,11 @@ class TextChoice:
         echoed: Echo | None = None,
     ):
         self.index, self.served, self.envelope, self.plan = index, served, envelope, plan
-        self.finish_reason, self.text = None, ""
+        self.finish_reason, self.to_send = None, ""
         self.decoder, self.offset = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
         self.fields = self._no_log_probs()
-        self.to_send = ""
         if echoed:
-            self.text = self.to_send = echoed.text
+            self.to_send = echoed.text
             for token, top in zip(echoed.tokens, echoed.top or ()):
                 self._note(token, top)
 
@@ -231,34 +203,49 @@ class TextChoice:
 
     def add(self, piece: Piece) -> None:
         """Take in a Piece."""
-        self.text += piece.text
         self.to_send += piece.text
         if piece.top and piece.token not in self.served.engine.end_ids:
             self._note(piece.token, piece.top)
         self.finish_reason = piece.finish_reason
 
     def chunks(self, piece: Piece) -> bytes:
-        """The chunk of a stream that a Piece makes, as bytes; empty if there is nothing to send
-        yet.
-        """
+        """The chunk of a stream that a Piece makes, as bytes; empty if there is none yet."""
         self.add(piece)
         return self.flush() if self.to_send or self.fields["tokens"] or self.finish_reason else b""
 
     def flush(self) -> bytes:
         """The chunk of all that was not sent yet."""
-        choice = json.dumps(self._choice(self.to_send))
+        choice = json.dumps(self.whole())
         self.to_send, self.fields = "", self._no_log_probs()
         return self.envelope.chunk(choice)
 
-    def _choice(self, text: str) -> dict[str, Any]:
-        log_probs = self.fields if self.plan.wants_log_probs else None
+    def whole(self) -> dict[str, Any]:
+        """All that was not sent yet, without a stream the finished choice, as a dict."""
         return {
-            "text": text,
+            "text": self.to_send,
             "index": self.index,
-            "logprobs": log_probs,
+            "logprobs": self.fields if self.plan.wants_log_probs else None,
             "finish_reason": self.finish_reason,
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The finished choice as a dict."""
-        return self._choice(self.text)
+
+Choices = list[ChatChoice] | list[TextChoice]
+
+
+def usage(requests: Sequence[Request], plan: Plan, choices: Choices) -> dict[str, Any]:
+    """The usage of a finished response; a prompt with n completions counts once, with the cache
+    that the first of them found.
+    """
+    completion = sum(len(request.sampled) for request in requests)
+    prompt = sum(map(len, plan.prompts))
+    reused = sum(request.num_reused for request in requests[:: plan.n])
+    body = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": min(prompt, reused)},
+    }
+    if isinstance(choices[0], ChatChoice):
+        reasoning = sum(choice.reasoning_tokens for choice in choices)
+        body["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return body

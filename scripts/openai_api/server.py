@@ -68,9 +68,7 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def serve(args: Any) -> None:
-    """Load the models and serve them until a signal comes; args: the flags of
-    serve_openai_api.py.
-    """
+    """Load the models and serve them until a signal comes; args: of serve_openai_api.py."""
     run = Compute(args)
     # until the server has taken over: nothing runs yet
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -19,10 +19,10 @@ from scripts.checkpoint import load_checkpoint
 from scripts.quickstart import CPU, GPU
 from scripts.toy_benchmark import evaluation_engine, toy_answers
 from trainer import train_full_sft, train_pretrain
+from trainer.runtime.arguments import ROOT
 from trainer.runtime.process import Compute
 from trainer.runtime.run_folder import shape_name
 
-ROOT = Path(__file__).resolve().parents[2]
 Results = dict[str, tuple[float, float]]  # name of a measurement: (before, after), from 0 to 1
 
 
@@ -38,9 +38,7 @@ class Bench:
         self.base = Path(args.from_weight) if args.from_weight else self.train_base()
 
     def train(self, module: ModuleType, name: str, seed: int, *flags: Any) -> Path:
-        """Run a stage script into SAVE_DIR/name_<shape>, or leave it if it is done; returns its
-        folder.
-        """
+        """Run a stage script into SAVE_DIR/name_<shape>, unless it is done; returns the folder."""
         args = self.args
         first = ["--save_dir", args.save_dir, "--save_weight", name, "--seed", seed]
         first += ["--device", args.device, "--log_interval", 20, "--val_interval", 10**6]
@@ -56,9 +54,7 @@ class Bench:
         return folder
 
     def shape_of(self, flags: list[str]) -> str:
-        """The end of the run's folder name: from the shape flags, else from the checkpoint that the
-        run starts from.
-        """
+        """The end of a run's folder name, by the shape flags or the checkpoint it starts from."""
         if "--hidden_size" in flags:
             shape = ("--hidden_size", "--num_hidden_layers")
             return "x".join(flags[flags.index(name) + 1] for name in shape)
@@ -82,15 +78,14 @@ class Bench:
         """Fraction of right answers; options: those of `toy_benchmark.completer`."""
         return accuracy_table(toy_answers(engine, questions, **options))[-1]["accuracy"]
 
-    def of(self, folder: Path, name: str, questions: list[Question], **options: Any) -> float:
-        """`accuracy` of the model in a folder, measured once and then known under `name`."""
+    def before(
+        self, name: str, questions: list[Question], folder: Path | None = None, **options: Any
+    ) -> float:
+        """`accuracy` of a model to start from (the base), measured once and known under `name`."""
+        folder = folder or self.base
         if (folder, name) not in self.known:
             self.known[folder, name] = self.accuracy(self.engine(folder), questions, **options)
         return self.known[folder, name]
-
-    def of_base(self, name: str, questions: list[Question], **options: Any) -> float:
-        """`of` the base."""
-        return self.of(self.base, name, questions, **options)
 
     def skills(self, *names: str) -> list[Question]:
         """The held-out questions of these skills."""

@@ -28,15 +28,22 @@ from trainer.runtime.metrics import read_metrics
 CURT, GUESSED = 0.7, 0.5
 TOOL_SKILLS = {"one call": "tools", "two calls": "two_cities"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-COMMON = (
-    "--max_completion_length 80 --learning_rate 1e-4 --warmup_ratio 0.1 --log_interval 1".split()
+COMMON = "--max_completion_length 80 --learning_rate 1e-4 --warmup_ratio 0.1 --log_interval 1"
+# name (of GRPO's family: the --loss_type, with 16 prompts a step and 8 completions of each), its
+# idea, the script, --max_steps and --val_interval
+ALGORITHMS = (
+    ("ppo", "PPO: a critic predicts the return.", train_ppo, 40, 10),
+    ("grpo", "GRPO: the baseline is the mean of the prompt's group.", train_grpo, 120, 20),
+    ("dr_grpo", "Dr. GRPO: no divisions favour some prompts and lengths.", train_grpo, 120, 20),
+    ("dapo", "DAPO: a wider clip; groups without a signal are replaced.", train_grpo, 80, 20),
+    ("cispo", "CISPO: the weight is clipped, no token loses its gradient.", train_grpo, 120, 20),
+    ("gspo", "GSPO: one ratio for a whole completion.", train_grpo, 120, 20),
+    ("spo", "SPO: one completion of a prompt, compared with its tracked value.", train_spo, 60, 10),
 )
 
 
 def habit_rows(world: World) -> list[dict]:
-    """Half of fine-tuning's rows, CURT of them without their steps, and more with tools, GUESSED of
-    them without the calls.
-    """
+    """Half of SFT's rows, CURT without their steps; and rows with tools, GUESSED without calls."""
     counts = {skill: count // 2 for skill, count in world.level.sft_rows.items()}
     counts |= {"tools": 2000, "two_cities": 800}
     rng, rows = random.Random(0), []
@@ -66,10 +73,12 @@ def items_of(bench: Bench, skills: Iterable[str], split: str, count: int) -> lis
     return [item for skill in skills for item in bench.world.items(purpose, skill, split, count)]
 
 
-def stage(name: str, doc: str, module: ModuleType, flags: str) -> Callable[[Bench, int], Results]:
-    """A stage (bench, seed) -> {measurement: (before, after)}: right answers to held-out questions
-    of RL_SKILLS, and of the others.
-    """
+def stage(
+    name: str, doc: str, module: ModuleType, max_steps: int, val_interval: int
+) -> Callable[[Bench, int], Results]:
+    """The stage of an algorithm: right answers to held-out questions of RL_SKILLS, and others."""
+    flags = [*COMMON.split(), "--max_steps", max_steps, "--val_interval", val_interval]
+    flags += ["--loss_type", name] if module is train_grpo else []
 
     def run(bench: Bench, seed: int) -> Results:
         base, limit = habit_base(bench), bench.args.limit
@@ -78,22 +87,16 @@ def stage(name: str, doc: str, module: ModuleType, flags: str) -> Callable[[Benc
             lambda: [rl_row(item, None) for item in items_of(bench, RL_SKILLS, "heldout", limit)],
         )
         start = ["--from_weight", base, "--max_seq_len", 256, "--val_path", held_out]
-        folder = bench.train(module, f"{name}-{seed}", seed, *start, *COMMON, *flags.split())
+        folder = bench.train(module, f"{name}-{seed}", seed, *start, *flags)
         engine = bench.engine(folder)
         asked, others = bench.skills(*RL_SKILLS), bench.skills_but(*RL_SKILLS, "tools")
         return {
-            "right answers": (bench.of(base, "right", asked), bench.accuracy(engine, asked)),
-            "other skills": (bench.of(base, "others", others), bench.accuracy(engine, others)),
+            "right answers": (bench.before("right", asked, base), bench.accuracy(engine, asked)),
+            "other skills": (bench.before("others", others, base), bench.accuracy(engine, others)),
         }
 
     run.__name__, run.__doc__ = name, doc
     return run
-
-
-def grpo_stage(loss_type: str, doc: str, max_steps: int) -> Callable[[Bench, int], Results]:
-    """A member of GRPO's family: 16 prompts, 8 completions of each."""
-    flags = f"--loss_type {loss_type} --val_interval 20 --max_steps {max_steps}"
-    return stage(loss_type, doc, train_grpo, flags)
 
 
 def agent(bench: Bench, seed: int) -> Results:
@@ -109,11 +112,11 @@ def agent(bench: Bench, seed: int) -> Results:
     train = bench.rows("agent", lambda: rows(items_of(bench, TOOL_SKILLS.values(), "train", 1000)))
     held_out = bench.rows(f"agent_heldout_{limit}", lambda: rows(chain(*asked.values())))
     flags = ["--from_weight", base, "--data_path", train, "--val_path", held_out]
-    flags += ["--max_seq_len", 512, *COMMON, "--max_steps", 20, "--val_interval", 5]
+    flags += ["--max_seq_len", 512, *COMMON.split(), "--max_steps", 20, "--val_interval", 5]
     engine, results = bench.engine(bench.train(train_agent, f"agent-{seed}", seed, *flags)), {}
     for name, items in asked.items():
         questions = [question_of_item(item) for item in items]
-        results[name] = (bench.of(base, name, questions), bench.accuracy(engine, questions))
+        results[name] = (bench.before(name, questions, base), bench.accuracy(engine, questions))
     return results
 
 
@@ -121,10 +124,7 @@ def draw_curves(
     save_dir: str | Path, names: Sequence[str], seeds: Sequence[int], path: Path
 ) -> None:
     """Right answers to held-out prompts over the time of training: each stage's mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     def points_of(name: str, seed: int) -> list[tuple[float, Any]]:
         rows = read_metrics(next(Path(save_dir).glob(f"{name}-{seed}_*")) / "metrics.jsonl")
@@ -135,7 +135,8 @@ def draw_curves(
             if key.startswith("val_reward/answer/")
         ]
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), dpi=140, layout="constrained")
+    figure = Figure(figsize=(7.5, 4.2), dpi=140, layout="constrained")
+    axis = figure.subplots()
     for name, colour in zip(names, COLOURS):
         curves = [points_of(name, seed) for seed in seeds]
         points = [(mean(x for x, _ in at), 100 * mean(y for _, y in at)) for at in zip(*curves)]
@@ -147,29 +148,6 @@ def draw_curves(
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.savefig(path)
-    plt.close(figure)
 
 
-STAGES = {
-    one.__name__: one
-    for one in (
-        stage(
-            "ppo",
-            "PPO: a critic predicts the return.",
-            train_ppo,
-            "--max_steps 40 --val_interval 10",
-        ),
-        grpo_stage("grpo", "GRPO: the baseline is the mean of the prompt's group.", 120),
-        grpo_stage("dr_grpo", "Dr. GRPO: no divisions that favour some prompts and lengths.", 120),
-        grpo_stage("dapo", "DAPO: a wider clip; groups without a signal are replaced.", 80),
-        grpo_stage("cispo", "CISPO: the weight is clipped, no token loses its gradient.", 120),
-        grpo_stage("gspo", "GSPO: one ratio for a whole completion.", 120),
-        stage(
-            "spo",
-            "SPO: one completion of a prompt, compared with its tracked value.",
-            train_spo,
-            "--max_steps 60 --val_interval 10",
-        ),
-        agent,
-    )
-}
+STAGES = {name: stage(name, *rest) for name, *rest in ALGORITHMS} | {"agent": agent}

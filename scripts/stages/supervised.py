@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dataset.toy.rows import heldout_questions
-from scripts.stages.bench import ROOT, Bench, Results
+from scripts.stages.bench import Bench, Results
 from trainer import (
     train_distillation,
     train_dpo,
@@ -18,9 +18,9 @@ from trainer import (
     train_reason,
     train_reward,
 )
+from trainer.runtime.data import TOY
 from trainer.runtime.metrics import read_metrics
 
-TOY = ROOT / "dataset" / "toy_mini"
 # the skills that are solved in steps
 MULTI_STEP = ("arithmetic", "sorting", "counting", "dates", "word_problems")
 
@@ -39,8 +39,8 @@ def lora(bench: Bench, seed: int) -> Results:
     new = heldout_questions(bench.world, bench.args.limit, "lora")
     old = bench.skills_but("identity")  # which is meant to change
     return {
-        "new domain": (bench.of_base("new domain", new), bench.accuracy(engine, new)),
-        "old skills": (bench.of_base("old skills", old), bench.accuracy(engine, old)),
+        "new domain": (bench.before("new domain", new), bench.accuracy(engine, new)),
+        "old skills": (bench.before("old skills", old), bench.accuracy(engine, old)),
     }
 
 
@@ -48,18 +48,17 @@ def dpo(bench: Bench, seed: int) -> Results:
     """Preference pairs make the answers right and polite instead of curt."""
     held_out = bench.pairs("heldout", 3 * bench.args.limit)
     flags = ["--from_weight", bench.base, "--val_path", held_out]
-    flags += "--max_seq_len 256 --batch_size 4 --epochs 2".split()
-    flags += "--learning_rate 1e-4 --sft_weight 1".split()
-    folder = bench.train(train_dpo, f"dpo-{seed}", seed, *flags)
+    flags += "--max_seq_len 256 --batch_size 4 --epochs 2 --learning_rate 1e-4".split()
+    folder = bench.train(train_dpo, f"dpo-{seed}", seed, *flags, "--sft_weight", 1)
     engine, sampling = bench.engine(folder), dict(temperature=0.7, seed=seed)
     asked, others = bench.skills("preferences"), bench.skills_but("preferences")
     return {
         "held-out pairs": first_and_last(folder, f"val_log_probs/accuracies/{held_out.stem}"),
         "sampled answers": (
-            bench.of_base(f"sampled {seed}", asked, **sampling),
+            bench.before(f"sampled {seed}", asked, **sampling),
             bench.accuracy(engine, asked, **sampling),
         ),
-        "other skills": (bench.of_base("other skills", others), bench.accuracy(engine, others)),
+        "other skills": (bench.before("other skills", others), bench.accuracy(engine, others)),
     }
 
 
@@ -74,9 +73,7 @@ def reward(bench: Bench, seed: int) -> Results:
 
 
 def distillation(bench: Bench, seed: int) -> Results:
-    """A small student with a teacher (after), compared with the same student without one (before):
-    the same rows and steps.
-    """
+    """A student with a teacher (after), and without one (before), by the same rows and steps."""
     flags = "--from_weight none --hidden_size 96 --num_hidden_layers 3".split()
     flags += ["--data_path", f"{TOY / 'sft_train.jsonl'}@0.08"]
     flags += ["--val_path", TOY / "sft_heldout.jsonl", *bench.plan["sft"]]
@@ -92,23 +89,20 @@ def distillation(bench: Bench, seed: int) -> Results:
 
 def reason(bench: Bench, seed: int) -> Results:
     """One model that thinks (after) or answers at once (before), by the template's switch."""
-    flags = ["--from_weight", bench.base]
-    flags += "--batch_size 3 --epochs 4 --learning_rate 1e-3".split()
-    engine = bench.engine(bench.train(train_reason, f"reason-{seed}", seed, *flags))
+    flags = "--batch_size 3 --epochs 4 --learning_rate 1e-3 --from_weight".split()
+    engine = bench.engine(bench.train(train_reason, f"reason-{seed}", seed, *flags, bench.base))
     asked = bench.skills(*MULTI_STEP)
     direct, thinking = (
         bench.accuracy(engine, asked, enable_thinking=thinks) for thinks in (False, True)
     )
     return {
         "multi-step problems": (direct, thinking),
-        "against the SFT model": (bench.of_base("multi-step", asked), thinking),
+        "against the SFT model": (bench.before("multi-step", asked), thinking),
     }
 
 
 def tools(bench: Bench, seed: int) -> Results:
-    """Tool calls, run for real, after training on more of them; compared with the same questions
-    without tools on offer.
-    """
+    """Tool calls that are run, after training on more; and the same questions without tools."""
     flags = ["--from_weight", bench.base, *bench.plan["sft"]]
     flags += "--learning_rate 1e-3 --epochs 1 --data_path".split()
     flags += [f"{TOY / 'tools_train.jsonl'}@0.5", f"{TOY / 'sft_train.jsonl'}@0.25"]
@@ -118,8 +112,8 @@ def tools(bench: Bench, seed: int) -> Results:
     right = bench.accuracy(engine, asked)
     return {
         "with tools, against none": (bench.accuracy(engine, bare), right),
-        "tool questions": (bench.of_base("tools", asked), right),
-        "other skills": (bench.of_base("all but tools", others), bench.accuracy(engine, others)),
+        "tool questions": (bench.before("tools", asked), right),
+        "other skills": (bench.before("all but tools", others), bench.accuracy(engine, others)),
     }
 
 

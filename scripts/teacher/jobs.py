@@ -10,14 +10,12 @@ from dataset.files.jsonl import find_shards, in_fraction, read_rows
 
 
 class Job(NamedTuple):
-    """One completion to ask for: where its row stands, the row, the messages before the completion,
-    its number among the samples.
-    """
+    """One completion to ask for."""
 
-    where: str
+    where: str  # file:line of its row
     row: dict
-    messages: list[dict]
-    sample: int
+    messages: list[dict]  # before the completion
+    sample: int  # number among the samples
 
     @property
     def key(self) -> str:
@@ -31,29 +29,25 @@ class Job(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """A teacher's message, and how it ended: stop, tool_calls, length, ..., or refused because of
-    `why`.
-    """
+    """A teacher's message, and how it ended."""
 
     message: dict
-    finish_reason: str
-    why: str = ""
+    finish_reason: str  # stop, tool_calls, length, ..., or refused
+    why: str = ""  # the reason of a refusal
 
 
 def read_jobs(paths: Sequence[str], num_samples: int) -> tuple[list[Job], int]:
-    """(all Jobs of the files, how many rows repeat a prompt and are left out); ValueError
-    "file:line: fault".
-    """
+    """(all Jobs of the files, number of left-out rows, which repeat a prompt)."""
     jobs, seen, repeated = [], set(), 0
     for path, fraction in find_shards(paths):
         for line_no, row in read_rows(path):
             if not in_fraction(line_no, fraction):
                 continue
+            where = f"{path}:{line_no}"
             try:
                 messages = prompt_of(row)
             except ValueError as error:
-                raise ValueError(f"{path}:{line_no}: {error}") from error
-            where = f"{path}:{line_no}"
+                raise ValueError(f"{where}: {error}") from error
             samples = [Job(where, row, messages, sample) for sample in range(num_samples)]
             if samples[0].key in seen:
                 repeated += 1

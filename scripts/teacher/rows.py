@@ -35,8 +35,8 @@ class TeacherRows:
                 self._check_origin(row, path)
                 self.done.add(Job("", row, row["conversations"][:-1], row["sample"]).key)
         self.found = len(self.done)
-        for path in (self.out, self.dropped):  # only now is it known that both are ours
-            cut_off_half_row(path)
+        for path in filter(Path.is_file, (self.out, self.dropped)):  # now known to be ours
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # cut off a half row
 
     def _check_origin(self, row: dict, path: Path) -> None:
         """ValueError for a row of another teacher or with other settings."""
@@ -59,15 +59,12 @@ class TeacherRows:
                 self.check_answers()
             return
         reason = self.fault(job, completion)
-        row = {
-            "conversations": [*job.messages, completion.message],
-            "teacher": self.teacher,
-            "settings": self.settings,
-            "sample": job.sample,
-        }
+        row = {"conversations": [*job.messages, completion.message], "teacher": self.teacher}
+        row |= {"settings": self.settings, "sample": job.sample}
         row |= {name: x for name, x in job.row.items() if name not in (*row, "prompt")}
+        row |= {"dropped": reason} if reason else {}
         with open(self.dropped if reason else self.out, "a", encoding="utf-8") as file:
-            file.write(dump_row(row | ({"dropped": reason} if reason else {})))
+            file.write(dump_row(row))
         self.counts[reason or "written"] += 1
 
     def fault(self, job: Job, completion: Completion) -> str:
@@ -102,9 +99,3 @@ def whole_rows(path: Path) -> Iterator[dict]:
             yield parse_row(line)
         except ValueError as error:
             raise ValueError(f"{path}:{line_no}: {error}") from error
-
-
-def cut_off_half_row(path: Path) -> None:
-    """Remove the half line at the end of a file, so that the next row begins a line."""
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

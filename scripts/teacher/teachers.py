@@ -24,17 +24,13 @@ Take = Callable[[Job, Completion], None]
 
 
 def as_request(messages: list[dict]) -> dict[str, list]:
-    """Our messages as OpenAI's API wants them: {"messages", "tools" if there are any}; calls and
-    their results get ids.
-    """
+    """Our messages for OpenAI's API: {"messages", "tools" if any}; calls and results get ids."""
     messages, _ = normalize_conversation(messages)
     sent, tools, waiting = [], [], []
     for i, message in enumerate(messages):
         one = {"role": message["role"], "content": message.get("content", "")}
         if message.get("tools"):
-            tools = [
-                json.loads(tool) if isinstance(tool, str) else tool for tool in message["tools"]
-            ]
+            tools = [json.loads(one) if isinstance(one, str) else one for one in message["tools"]]
             tools = [
                 tool if "function" in tool else {"type": "function", "function": tool}
                 for tool in tools
@@ -67,16 +63,12 @@ def as_message(reply: Any) -> dict:
         message["reasoning_content"] = reasoning
     if reply.tool_calls:
         functions = [call.function for call in reply.tool_calls]
-        message["tool_calls"] = [
-            {"name": one.name, "arguments": one.arguments} for one in functions
-        ]
+        message["tool_calls"] = [{"name": x.name, "arguments": x.arguments} for x in functions]
     return message
 
 
 async def ask_server(args: Any, jobs: Iterable[Job], take: Take) -> None:
-    """Send jobs to the server, `concurrency` at a time. After an error, running requests are
-    finished.
-    """
+    """Send jobs to the server, `concurrency` at a time; an error lets running requests finish."""
     jobs, failures = iter(jobs), []
 
     async def worker() -> None:

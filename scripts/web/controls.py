@@ -13,16 +13,9 @@ from scripts.web.conversation import Settings
 from scripts.web.run_folders import RunFolder, find_checkpoints
 from scripts.web.text import t
 
-DEFAULTS = {
-    "temperature": 0.7,
-    "top_p": 0.9,
-    "top_k": 0,
-    "max_tokens": 512,
-    "seed": None,
-    "thinking": "auto",
-    "tools": [],
-    "system": "",
-}
+SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed")  # fields of Settings
+DEFAULTS = {name: getattr(Settings, name) for name in SAMPLING}
+DEFAULTS |= {"thinking": "auto", "tools": [], "system": ""}
 THINKING = {"auto": None, "on": True, "off": False}
 
 
@@ -127,13 +120,9 @@ def completion_settings(args: Any) -> Settings:
         )
     state = st.session_state
     return Settings(
-        state.temperature,
-        state.top_p,
-        state.top_k,
-        state.max_tokens,
-        state.seed,
-        THINKING[state.thinking],
-        tuple(state.tools),
-        box,
-        state.system.strip(),
+        **{name: state[name] for name in SAMPLING},
+        thinking=THINKING[state.thinking],
+        tools=tuple(state.tools),
+        box=box,
+        system=state.system.strip(),
     )

@@ -26,9 +26,7 @@ ROOM = 64  # tokens that must be left for a completion; earlier rounds make way
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a completion; `tools` are names in `box`, thinking None leaves it to the
-    model.
-    """
+    """Settings of a completion; `tools` are names in `box`, thinking None: the model decides."""
 
     temperature: float = 0.7
     top_p: float = 0.9

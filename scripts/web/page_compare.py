@@ -5,7 +5,7 @@ from typing import Any
 import streamlit as st
 
 from scripts.web import controls, drawing
-from scripts.web.conversation import Conversation, Turn
+from scripts.web.conversation import Conversation
 from scripts.web.text import t
 
 SIDES = ("left", "right")
@@ -38,20 +38,14 @@ def show(args: Any) -> None:
         return
     for turns in zip(*(talk.turns for talk in talks)):
         drawing.show_question(turns[0].text)
-        views = show_both(turns)
+        views = []
+        for column, turn in zip(st.columns(2), turns):
+            with column:
+                views.append(drawing.show_turn(turn))
     if any(talk.is_running for talk in talks):
         stop_place.button(t("stop"), icon=":material/stop_circle:", key="stop", on_click=stop)
         drawing.follow(*views)
         st.rerun()
-
-
-def show_both(turns: tuple[Turn, ...]) -> list[drawing.TurnView]:
-    """Draw two turns in two columns; returns their views."""
-    views = []
-    for column, turn in zip(st.columns(2), turns):
-        with column:
-            views.append(drawing.show_turn(turn))
-    return views
 
 
 def stop() -> None:

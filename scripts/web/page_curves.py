@@ -14,7 +14,7 @@ import streamlit as st
 from scripts.plot_runs import COLORS, read_run, smoothed
 from scripts.web.controls import choose
 from scripts.web.run_folders import find_runs, read_json
-from scripts.web.text import t
+from scripts.web.text import TEXT, t
 
 FAST, SLOW = 2, 15  # seconds between two looks at the files: of running runs, and of finished ones
 MOST_POINTS = 600  # of a curve: a screen has no more
@@ -72,9 +72,7 @@ def _read(folder: str, changed: int, size: int) -> list[dict]:
 
 
 def group_of(name: str) -> str:
-    """The chart of a metric: `val_bpb` stands for the validation on each file, `reward` for all
-    parts of the reward.
-    """
+    """The chart of a metric: `val_bpb` for validation on each file, `reward` for all its parts."""
     return name if name.startswith("completions/") else name.split("/")[0]
 
 
@@ -88,10 +86,7 @@ def metrics_of(rows: list[dict]) -> set[str]:
 
 def title(metric: str) -> str:
     """The title of a chart."""
-    try:
-        return t(metric)
-    except KeyError:
-        return metric
+    return t(metric) if metric in TEXT else metric
 
 
 def num_steps(folder: Path) -> int | None:
@@ -100,9 +95,7 @@ def num_steps(folder: Path) -> int | None:
 
 
 def is_running(folder: Path, rows: list[dict]) -> bool:
-    """Whether a run is still writing: not at its last step, and not silent for far longer than
-    between two lines.
-    """
+    """Whether a run writes: not at its last step, nor silent far longer than between two lines."""
     if not rows or rows[-1]["step"] >= (num_steps(folder) or float("inf")):
         return False
     seconds = [row["seconds"] for row in rows[-20:] if "seconds" in row]

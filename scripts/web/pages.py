@@ -5,7 +5,7 @@ from typing import Any
 
 import streamlit as st
 
-from scripts.web import page_chat, page_compare, page_curves
+from scripts.web import controls, page_chat, page_compare, page_curves
 from scripts.web.text import LANGUAGES, t, visitor_language
 
 PAGES = {
@@ -13,10 +13,10 @@ PAGES = {
     "compare": (page_compare, ":material/compare_arrows:"),
     "curves": (page_curves, ":material/show_chart:"),
 }
-# controls whose values stay when another page is shown
+# controls whose values stay when a page is shown that does not have them; Streamlit forgets them
 KEPT = (
     *("picked", "picked_base", "left", "left_base", "right", "right_base"),
-    *("temperature", "top_p", "top_k", "max_tokens", "seed", "thinking", "tools", "system"),
+    *controls.DEFAULTS,
     *("runs", "against", "metrics", "smoothing", "log_scale"),
 )
 STYLE = """<style>
@@ -34,21 +34,14 @@ STYLE = """<style>
 </style>"""
 
 
-def keep_settings() -> None:
-    """Carry over the settings of another page: Streamlit forgets controls that a page does not
-    draw.
-    """
-    for key in KEPT:
-        if key in st.session_state:
-            st.session_state[key] = st.session_state[key]
-
-
 def draw(args: Any) -> None:
     """Draw the page that is asked for; args: the flags of web_demo.py."""
     st.set_page_config(page_title="MiniMind", page_icon=":material/neurology:", layout="wide")
     st.html(STYLE)
     st.logo(Path(__file__).with_name("logo.svg"), size="large")
-    keep_settings()
+    for key in KEPT:
+        if key in st.session_state:
+            st.session_state[key] = st.session_state[key]
     visitor_language()
     pages = [
         st.Page(

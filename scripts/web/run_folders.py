@@ -32,9 +32,7 @@ class RunFolder:
 
 
 def find_checkpoints(save_dir: str | Path) -> list[RunFolder]:
-    """All RunFolders of a save folder, one or two levels deep, by name: those that chat first, then
-    the others.
-    """
+    """All RunFolders of a save folder, one or two levels deep: those that chat first, by name."""
     folders = {
         path.parent for level in LEVELS for path in Path(save_dir).glob(f"{level}/*config.json")
     }
@@ -43,9 +41,7 @@ def find_checkpoints(save_dir: str | Path) -> list[RunFolder]:
 
 
 def read_folder(folder: Path, save_dir: Path) -> RunFolder | None:
-    """The RunFolder of a folder; None if it holds no weights of ours, or a reward model, which
-    writes no text.
-    """
+    """A folder's RunFolder; None without weights of ours, or with a reward model's."""
     name = folder.relative_to(save_dir).as_posix()
     if (folder / "adapter_config.json").is_file() and any(folder.glob("adapter_model*")):
         base = find_base(folder, save_dir)
@@ -54,10 +50,8 @@ def read_folder(folder: Path, save_dir: Path) -> RunFolder | None:
         )
         return RunFolder(name, folder, "adapter", chats, base)
     architectures = str(read_json(folder / "config.json").get("architectures"))
-    has_weights = any(folder.glob("model*.safetensors"))
-    if not (folder / "config.json").is_file() or not has_weights:
-        return None
-    if "ForSequenceClassification" in architectures:
+    has_weights = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    if not has_weights or "ForSequenceClassification" in architectures:
         return None
     return RunFolder(name, folder, "model", has_chat_template(folder))
 

@@ -256,12 +256,12 @@ def test_a_cache_may_hold_no_sequence(tmp_path):
         len(open_or_build(tmp_path / "cache", no_build)) == 0 and table.report.rows_no_target == 1
     )
     other = open_or_build(tmp_path / "other", encoded)
-    assert texts(TokenTable.join([table, other, table])) == texts(other)
+    assert texts(TokenTable(*table.folders, *other.folders, *table.folders)) == texts(other)
 
 
 def test_joined_tables_are_one(tmp_path):
     tables = [open_or_build(tmp_path / str(i), lambda i=i: encoded(i)) for i in (2, 1, 3)]
-    whole = TokenTable.join(tables)
+    whole = TokenTable(*(tmp_path / str(i) for i in (2, 1, 3)))
     assert texts(whole) == [text for table in tables for text in texts(table)]
     assert whole.lengths.tolist() == [len(text) for text in texts(whole)]
     assert whole.documents.tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 2, 2]
@@ -269,7 +269,8 @@ def test_joined_tables_are_one(tmp_path):
 
 
 def test_a_table_travels_by_name(tmp_path):
-    table = TokenTable.join([open_or_build(tmp_path / "cache", lambda: encoded(200))] * 2)
+    open_or_build(tmp_path / "cache", lambda: encoded(200))
+    table = TokenTable(*[tmp_path / "cache"] * 2)
     pickled = pickle.dumps(table)
     assert len(pickled) < 500 and texts(pickle.loads(pickled)) == texts(table)
 

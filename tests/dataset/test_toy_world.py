@@ -167,6 +167,11 @@ def test_formats_of_all_rows(mini):
                 check_row(stage, row)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_item_is_told_as_running_text_too(level):
+    assert all(item.prose.strip() for item in some_items(level, "train", 60))
+
+
 def check_row(stage, row):
     if stage == "pretrain":
         assert set(row) == {"text"} and row["text"].strip()

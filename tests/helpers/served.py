@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindForCausalLM
 from scripts.openai_api.application import build_app
-from scripts.openai_api.model_pool import Limits, ServedModel
+from scripts.openai_api.model_pool import ServedModel
 from scripts.openai_api.server import Server
 from tests.helpers.checkpoints import load_tokenizer, random_network
 
@@ -32,13 +32,12 @@ class Running:
     """A server with a model "chat" and one without template, "base"."""
 
     def __init__(self, max_batch_size=4, max_queue=300, max_len=512, **options):
-        limits = Limits(max_batch_size, max_queue)
-        self.models = {}
+        self.models, engine = {}, dict(max_batch_size=max_batch_size, max_len=max_len)
         for seed, name in enumerate(("chat", "base")):
             model, tokenizer = small_network(seed)
             if name == "base":
                 tokenizer.chat_template = None
-            self.models[name] = ServedModel(name, model, tokenizer, limits, max_len=max_len)
+            self.models[name] = ServedModel(name, model, tokenizer, max_queue, **engine)
         self.app = build_app(self.models, **options)
         config = uvicorn.Config(
             self.app,

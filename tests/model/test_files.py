@@ -8,7 +8,7 @@ import stat
 import pytest
 from safetensors import SafetensorError
 
-from model.files import file_sha256, flush, replace_file, replace_json, writing
+from model.files import file_sha256, flush, replace_file, write_json, writing
 
 
 def full_disk(temporary):
@@ -54,7 +54,7 @@ def test_a_file_is_replaced_with_the_rights_of_a_new_one(tmp_path):
     other.touch()
     assert path.read_text() == "new" and sorted(tmp_path.iterdir()) == [path, other]
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
-    replace_json(path, {"text": "数学", "n": [1, None]})
+    write_json(path, {"text": "数学", "n": [1, None]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"text": "数学", "n": [1, None]}
 
 

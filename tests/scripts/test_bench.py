@@ -1,6 +1,7 @@
 """The command with its sub-commands, the table, and the arithmetic of ratios."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 
 from scripts import bench
 from scripts.benchmarks import timing
-from scripts.benchmarks.results import BenchArgs, DeviceArgs, Results
+from scripts.benchmarks.results import BenchArgs, Results
+from scripts.checkpoint import DeviceArgs
 from tests.helpers.bench import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,16 @@ def test_the_old_scripts_are_the_sub_commands():
     words = [sys.executable, str(path), "--steps", "0"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT / "docs")
     assert done.returncode == 2 and "--steps 0: give more than 0" in done.stderr
+
+
+def test_worker_processes_that_import_an_old_script_do_not_run_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "main", calls.append)
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", "--steps", "1"])
+    for name in ("MainProcess", "SpawnProcess-1"):
+        monkeypatch.setattr(multiprocessing.current_process(), "name", name)
+        bench.run_as("scripts/bench_training.py")
+    assert calls == [["training", "--steps", "1"]]
 
 
 def test_a_table(capsys, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from dataset.files.jsonl import dump_row
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from scripts.benchmarks import saving, stages
+from scripts.benchmarks import stages, steps
 from tests.helpers.bench import read_table, run_bench
 
 
@@ -15,8 +15,8 @@ def test_saving(tmp_path, monkeypatch, capsys):
     rows = "".join(dump_row({"text": f"Row {i} of the text. " * 9}) for i in range(40))
     (tmp_path / "pretrain_train.jsonl").write_text(rows, encoding="utf-8")
     monkeypatch.setattr("dataset.token_dataset.DEFAULT_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("dataset.toy_world.write_world", lambda level, folder: None)
-    monkeypatch.setattr(saving, "TOY", tmp_path)
+    monkeypatch.setattr(steps, "write_world", lambda level, folder: None)
+    monkeypatch.setattr(steps, "TOY", tmp_path)
     flags = "--batch_size 1 --max_seq_len 128 --steps 1 --rounds 2 --save_interval 10 --device cpu"
     rows = run_bench(tmp_path, f"saving --preset tiny {flags}")["rows"]
     assert [row["save"] for row in rows] == ["waited for", "in the background"]

@@ -5,9 +5,10 @@ import json
 
 import pytest
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from scripts import bench
-from scripts.benchmarks.tokenizer import byte_letters, load_tokenizer
+from scripts.benchmarks.tokenizer import load_tokenizer
 from tests.helpers.bench import read_table, run_bench
 from trainer.runtime.arguments import ROOT
 
@@ -25,8 +26,7 @@ def rows(tmp_path):
 
 
 def gpt2_folder(tmp_path, vocab_name, merges_name):
-    letters = byte_letters()
-    vocab = {letter: i for i, letter in enumerate(letters)} | {"pl": 256, "pla": 257}
+    vocab = {letter: byte for byte, letter in bytes_to_unicode().items()} | {"pl": 256, "pla": 257}
     (tmp_path / vocab_name).write_text(json.dumps(vocab), encoding="utf-8")
     (tmp_path / merges_name).write_text("#version: 0.2\np l\npl a\n", encoding="utf-8")
     return tmp_path
@@ -58,7 +58,7 @@ def test_gpt2_files(tmp_path, names):
 def test_ranks_give_the_ids_of_the_tokenizer_that_they_were_taken_from(tmp_path):
     """Our own vocabulary, written as a .tiktoken file and read back, encodes every text alike."""
     ours = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     lines = []
     for word, token in sorted(
         ours.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]

@@ -11,7 +11,7 @@ import torch
 from model.model_minimind import PRESETS, MiniMindForCausalLM
 from scripts import doctor
 from scripts.benchmarks import steps
-from scripts.checkpoint import DeviceArgs
+from scripts.checkpoint import ComputeArgs
 from scripts.diagnosis import estimates, machine
 from trainer.runtime import costs
 from trainer.runtime.arguments import parse_args
@@ -35,7 +35,8 @@ def small_world(monkeypatch):
             {"input_ids": np.arange(100) + i, "labels": np.arange(100) + i} for i in range(60)
         )
 
-    monkeypatch.setattr(estimates, "write_world", lambda level, folder: None)
+    for module in (estimates, steps):
+        monkeypatch.setattr(module, "write_world", lambda level, folder: None)
     monkeypatch.setattr(steps, "DATASETS", {"pretrain": dataset, "sft": dataset})
     monkeypatch.setattr(costs, "matrix_rate", lambda device, dtype, seconds: 1e11)
     monkeypatch.setattr(costs, "copy_rate", lambda device, seconds: 1e10)
@@ -196,7 +197,7 @@ def test_the_plan_of_the_quick_start_can_be_read():
 
 
 def test_what_does_not_fit():
-    rates, run = Rates(1e11, 1e10, 1e10), Compute(DeviceArgs("cpu"))
+    rates, run = Rates(1e11, 1e10, 1e10), Compute(ComputeArgs("cpu"))
     rows = [
         estimates.estimate("minimind2", rates, {"pretrain": 1}, run, free)
         for free in (2**30, 2**40, None)

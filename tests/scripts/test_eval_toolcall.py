@@ -49,12 +49,12 @@ def says(folder, monkeypatch):
     def script(reply):
         prompts = []
 
-        def texts(engine, ids, max_new_tokens):
+        def texts(engine, ids, params):
             seen = [engine.tokenizer.decode(one) for one in ids]
             prompts.extend(seen)
             return [reply(prompt) for prompt in seen]
 
-        monkeypatch.setattr(toy_benchmark, "greedy_texts", texts)
+        monkeypatch.setattr(toy_benchmark, "continuations", texts)
         return prompts
 
     return script

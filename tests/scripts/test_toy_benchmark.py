@@ -9,9 +9,10 @@ from transformers import AutoTokenizer
 from dataset.toy.rows import heldout_questions
 from dataset.toy.world import make_world
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.sampling import SamplingParams
 from scripts import toy_benchmark
-from scripts.checkpoint import DeviceArgs
-from scripts.toy_benchmark import evaluation_engine, greedy_texts, toy_answers
+from scripts.checkpoint import ComputeArgs
+from scripts.toy_benchmark import continuations, evaluation_engine, toy_answers
 from trainer.runtime.process import Compute
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture
 def run():
-    return Compute(DeviceArgs("cpu"))
+    return Compute(ComputeArgs("cpu"))
 
 
 def tiny_model(tokenizer, **changes):
@@ -60,7 +61,8 @@ def test_batched_generation_equals_one_prompt_at_a_time(tokenizer, run):
         ]
         for x in ids
     ]
-    assert greedy_texts(engine, prompts, 8) == [
+    greedy = [SamplingParams(temperature=0, max_tokens=8)] * len(prompts)
+    assert continuations(engine, prompts, greedy) == [
         tokenizer.decode(x, skip_special_tokens=True) for x in out
     ]
 
@@ -74,7 +76,7 @@ def test_toy_benchmark_sees_right_and_wrong_answers(tokenizer, run, monkeypatch)
     by_text = {q.messages[-1]["content"]: q.answer for q in questions}
     seen = []
 
-    def oracle(engine, prompts, max_new_tokens):
+    def oracle(engine, prompts, params):
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         seen.extend(texts)
         return [
@@ -82,11 +84,11 @@ def test_toy_benchmark_sees_right_and_wrong_answers(tokenizer, run, monkeypatch)
         ]
 
     engine = evaluation_engine(tiny_model(tokenizer), tokenizer, run)
-    monkeypatch.setattr("scripts.toy_benchmark.greedy_texts", oracle)
+    monkeypatch.setattr("scripts.toy_benchmark.continuations", oracle)
     assert all(right for _, right in toy_answers(engine, questions))
     assert all(text.endswith("<|im_start|>assistant\n") for text in seen)
     monkeypatch.setattr(
-        "scripts.toy_benchmark.greedy_texts", lambda engine, prompts, number: ["-"] * len(prompts)
+        "scripts.toy_benchmark.continuations", lambda engine, prompts, params: ["-"] * len(prompts)
     )
     assert not any(right for _, right in toy_answers(engine, questions))
 

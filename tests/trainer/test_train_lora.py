@@ -19,10 +19,10 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import assert_same, interrupt, losses, metrics
 from trainer import train_lora
 from trainer.runtime import data
+from trainer.runtime.arguments import ROOT
 from trainer.runtime.metrics import read_metrics
 from trainer.runtime.run import Run
 
-ROOT = train_lora.ROOT
 SHAPE = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -159,7 +159,8 @@ def test_a_run_learns_and_leaves_the_adapter_alone(lora, tmp_path):
 
 
 def test_a_base_inside_the_project_is_named_from_its_root(lora, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_lora, "ROOT", tmp_path)
+    monkeypatch.setattr("trainer.runtime.weights.ROOT", tmp_path)
+    (tmp_path / "model").symlink_to(ROOT / "model")
     train_lora.main(lora(max_steps=1))
     config = json.loads((tmp_path / "out" / name() / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base_False"

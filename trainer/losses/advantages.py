@@ -31,9 +31,7 @@ def gae(
 
 
 def whiten(x: torch.Tensor) -> torch.Tensor:
-    """[n] with mean 0 and (unbiased) variance 1; all 0 where there is no spread. 1e-8 is added to
-    the variance, as TRL does.
-    """
+    """[n] with mean 0 and (unbiased) variance 1 plus 1e-8, as in TRL; all 0 without spread."""
     if x.numel() < 2:
         return torch.zeros_like(x)
     centered = x.double() - x.double().mean()  # float32 would leave a large constant some spread
@@ -61,9 +59,7 @@ def has_spread(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - var(returns - values) / var(returns): 1 for perfect values, 0 for useless ones, and 0
-    where all returns agree.
-    """
+    """1 - var(returns - values) / var(returns): 1 is perfect, 0 useless; 0 if all returns agree."""
     if returns.numel() < 2 or returns.max() == returns.min():
         return 0.0
     return 1 - ((returns.double() - values.double()).var() / returns.double().var()).item()

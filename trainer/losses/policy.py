@@ -17,8 +17,7 @@ ENTROPY_ROWS = 256  # positions whose probabilities are in memory at once, for t
 def token_log_probs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log p of the targets [n], entropy of each position [n], without gradient) from logits [n, V]
-    / temperature.
+    """(log p of the targets [n], entropies [n] without gradient) from logits [n, V] / temperature.
 
     In nats, and in float32 if the logits have fewer bits: differences of bfloat16 log-probabilities
     are noise.
@@ -71,8 +70,7 @@ def cispo_loss(
 def sequence_log_ratio(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, sequence: torch.Tensor
 ) -> torch.Tensor:
-    """The mean log-ratio of a completion's tokens, at each of them: [n] (Zheng et al. 2025, GSPO,
-    eq. 7).
+    """The mean log-ratio of a completion's tokens, at each, [n] (GSPO: Zheng et al. 2025, eq. 7).
 
     All tokens of the completion must be in this micro-batch, and share its gradient: it counts as a
     whole or is clipped as a whole. With weights of 1 / length the losses of its tokens sum to
@@ -86,8 +84,7 @@ def sequence_log_ratio(
 def kl_estimate(
     log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str
 ) -> torch.Tensor:
-    """KL(p || p_ref) as estimated from each token that was drawn from p, [n] (Schulman 2020,
-    "Approximating KL divergence").
+    """KL(p || p_ref) by each token that p drew, [n] (Schulman 2020, "Approximating KL divergence").
 
     With r = p_ref / p: k1 = -log r (unbiased, of any sign), k2 = (log r)^2 / 2 (biased), k3 = r - 1
     - log r (unbiased, never negative). In a loss their mean gradients differ from those of their

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 
 
 def completion_log_probs(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """log p of every completion, float32 [N, 2], from the logits [n, V] at the source positions of
-    a `collate_trees` batch.
-    """
+    """log p of completions, float32 [N, 2], from logits [n, V] at the sources (`collate_trees`)."""
     logits = logits.float()
     source, side = batch["source"], batch["side"]
     log_probs = logits[source, batch["targets"]] - logits.logsumexp(-1)[source]  # M
@@ -29,14 +27,12 @@ def dpo_loss(margin: torch.Tensor, beta: float, label_smoothing: float = 0.0) ->
     label_smoothing: the fraction of pairs that are assumed to be swapped; the loss is its
     expectation then (conservative DPO: Mitchell 2023).
     """
-    return -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(
-        -beta * margin
-    )
+    kept, flipped = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+    return -(1 - label_smoothing) * kept - label_smoothing * flipped
 
 
 def robust_loss(margin: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
-    """((1 - e) * loss of the pair - e * loss of the flipped pair) / (1 - 2e), with e =
-    label_smoothing below 1/2.
+    """((1 - e) loss of the pair - e loss of the flipped one) / (1 - 2e), e = label_smoothing < 1/2.
 
     Its mean over pairs of which a fraction e is swapped is the DPO loss of the right ones
     (Chowdhury et al. 2024, the unbiased loss).
@@ -46,8 +42,7 @@ def robust_loss(margin: torch.Tensor, beta: float, label_smoothing: float) -> to
 
 
 def ipo_loss(chosen_ratio: torch.Tensor, rejected_ratio: torch.Tensor, beta: float) -> torch.Tensor:
-    """(difference - 1 / (2 beta))^2: a margin that is aimed at, not exceeded (Azar et al. 2023, eq.
-    17).
+    """(difference - 1 / (2 beta))^2: a margin to reach, not to exceed (Azar et al. 2023, eq. 17).
 
     The ratios are means over the tokens of their completions here: sums would ask the same margin
     of short and of long ones.
@@ -73,14 +68,12 @@ def orpo_loss(
     """
 
     def log_odds(average):
-        average = average.clamp(
-            max=-1e-6
-        )  # at p = 1 they are infinite, and their gradient is not a number
+        # at p = 1 they are infinite, and their gradient is not a number
+        average = average.clamp(max=-1e-6)
         return average - torch.log(-torch.expm1(average))
 
-    return -chosen_average - beta * F.logsigmoid(
-        log_odds(chosen_average) - log_odds(rejected_average)
-    )
+    log_odds_ratio = log_odds(chosen_average) - log_odds(rejected_average)
+    return -chosen_average - beta * F.logsigmoid(log_odds_ratio)
 
 
 def kto_loss(
@@ -110,10 +103,8 @@ def bradley_terry_loss(
     center_coefficient: of (chosen + rejected)^2, which keeps the rewards around 0 (Eisenstein et
     al. 2023, eq. 2): differences alone do not say where 0 is.
     """
-    return (
-        -F.logsigmoid(chosen_reward - rejected_reward)
-        + center_coefficient * (chosen_reward + rejected_reward) ** 2
-    )
+    center = center_coefficient * (chosen_reward + rejected_reward) ** 2
+    return -F.logsigmoid(chosen_reward - rejected_reward) + center
 
 
 def pair_losses(

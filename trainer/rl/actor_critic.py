@@ -11,9 +11,7 @@ from model.model_minimind import MiniMindForCausalLM
 
 
 class Critic(nn.Module):
-    """The expected return at each token: a copy of the policy's layers, and one number [D] -> 1
-    that begins at 0.
-    """
+    """The expected return at each token: the policy's layers, copied, and a head [D] -> 1."""
 
     def __init__(self, policy: MiniMindForCausalLM):
         super().__init__()
@@ -24,9 +22,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Values [n] at a micro-batch's source positions: the return that is expected before the
-        token there is drawn.
-        """
+        """Values [n] at a micro-batch's source positions: the return expected before each token."""
         out = self.model(batch["input_ids"], position_ids=batch["position_ids"])
         return self.value(out.last_hidden_state[batch["is_source"]])[:, 0].float()
 
@@ -49,8 +45,7 @@ class ActorCritic(nn.Module):
     def forward(
         self, batch: dict[str, torch.Tensor], num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logits [n, V] at the source positions, values [n], the balance loss's part of the
-        policy's loss).
+        """(logits [n, V] and values [n] at the source positions, the policy's balance loss).
 
         num_tokens: of the whole update.
         """

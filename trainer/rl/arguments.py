@@ -28,9 +28,7 @@ class PolicyArgs(TrainArgs):
     """The flags that every stage of reinforcement learning has."""
 
     data_path: list[str] = arg(
-        [],
-        "rows of prompts; FILE@0.4 takes that fraction of them (default: the toy world)",
-        nargs="+",
+        [], "rows of prompts; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
     from_weight: str = arg(
         "full_sft", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file"
@@ -54,7 +52,6 @@ class PolicyArgs(TrainArgs):
     rewards: list[str] = arg(
         ["answer=1"],
         "reward of a completion: a weighted sum of NAME=WEIGHT; see trainer/rl/rewards.py",
-        nargs="+",
     )
     overlong_buffer: int = arg(
         0, "reward `overlong`: how many tokens before the longest length the penalty begins"
@@ -102,12 +99,12 @@ class PolicyArgs(TrainArgs):
     num_transcripts: int = arg(
         4, "completions that are written to transcripts.jsonl with each logged step"
     )
-    learning_rate: float = arg(1e-4, "peak learning rate")
-    weight_decay: float = arg(0.0, "decay of the matrices (norms have none)")
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
     val_ratio: float = arg(0.05, "fraction of the prompts held out for validation; 0: none")
     val_max_rows: int = arg(200, "hold out at most this many prompts")
-    val_interval: int = arg(20, "steps between validations; the last step always validates")
-    log_interval: int = arg(1, "steps between two lines in metrics.jsonl")
+    val_interval: int = 20
+    log_interval: int = 1
 
     ACCUMULATES: ClassVar[bool] = False
     # other weights at the beginning are another run; how completions are sampled is free

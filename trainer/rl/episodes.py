@@ -3,11 +3,10 @@
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat.format import encode_conversation, encode_prompt
-from dataset.chat.reply import assistant_message
 from dataset.chat.tools import ToolBox
 from dataset.prompt_dataset import PromptDataset
 from trainer.rl.rewards import tools_of, written_messages
-from trainer.rl.rollout import Completion, Rollout, Sample, draw_seed
+from trainer.rl.rollout import Completion, Rollout, Sample, begin_samples, draw_seed
 from trainer.runtime.run import Run
 
 
@@ -24,7 +23,6 @@ class Episodes:
     ):
         self.args, self.rollout, self.tokenizer = run.args, rollout, tokenizer
         self.tools = tools.tools
-        self.opened = "<think>\n" if run.args.thinking else ""  # by the prompt of every turn
         # the tokens of tool results are those of a conversation after the end of its last turn
         self.stub = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids = encode_conversation(tokenizer, self.stub)[0]
@@ -51,13 +49,7 @@ class Episodes:
         seeds: list[int],
         temperature: float | None = None,
     ) -> list[Sample]:
-        samples = []
-        for item in items:
-            row = dataset.rows[item]
-            messages = list(row["conversations"])
-            samples.append(
-                Sample(row, dataset.prompts[item], [], [], [], messages=messages, item=item)
-            )
+        samples = begin_samples(dataset, items)
         alive = list(range(len(samples)))
         for turn in range(self.args.max_turns):
             completions = self.rollout(
@@ -73,21 +65,14 @@ class Episodes:
         return samples
 
     def take_turn(self, sample: Sample, completion: Completion) -> bool:
-        """Add a completion to an episode; True if it holds calls, whose results the model must see
-        before the episode is complete.
-        """
-        sample.tokens += completion.tokens
-        sample.is_sampled += [True] * len(completion.tokens)
-        sample.log_probs += completion.log_probs
-        sample.text = self.opened + completion.text
-        sample.messages.append(assistant_message(sample.text, tools=bool(tools_of(sample.row))))
+        """Add a completion to an episode; True if it holds calls, whose results must come next."""
+        sample.add(completion, self.args.thinking, has_tools=bool(tools_of(sample.row)))
         has_calls = "tool_calls" in sample.messages[-1]
         sample.is_complete = completion.is_complete and not has_calls
         return completion.is_complete and has_calls
 
     def run_calls(self, sample: Sample) -> bool:
-        """Run the calls of the last turn, of tools that the row offers; True if the results and
-        another turn fit.
+        """Run the last turn's calls of tools that the row offers; True if another turn fits then.
 
         The results become tokens that nobody sampled; if no turn can follow, they are in the
         messages alone.

@@ -53,9 +53,7 @@ def minibatches(
 def shuffled_parts(
     num_samples: int, num_minibatches: int, seed: int, epoch: int
 ) -> list[list[int]]:
-    """Numbers of the samples, shuffled by (seed, epoch), in at most so many parts of about the same
-    size.
-    """
+    """Numbers of the samples, shuffled by (seed, epoch), in up to so many parts of similar size."""
     order = np.random.default_rng([seed, epoch]).permutation(num_samples)
     return [part.tolist() for part in np.array_split(order, min(num_minibatches, num_samples))]
 
@@ -113,8 +111,7 @@ def collate_samples(
 def policy_outputs(
     net: torch.nn.Module, batch: Batch, num_tokens: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probabilities [n], entropies [n], the balance loss's part of the update's loss) at a
-    micro-batch's sampled tokens.
+    """(log p [n], entropies [n], the balance loss's part of the update's loss) at sampled tokens.
 
     num_tokens: of the whole update. The last is 0 unless the network is a mixture of experts.
     """

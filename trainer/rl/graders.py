@@ -29,9 +29,8 @@ FRACTION = (
     r"(?:(?: (?P<upper>\d{1,99}))?\s?/\s?(?P<lower>[1-9]\d{0,99})(?!\.?\d))?(?P<percent>\s?%)?"
 )
 VALUE = re.compile(rf"(?P<first>{NUMBER.pattern}){FRACTION}", re.IGNORECASE)
-SHORT_UNITS = (
-    r"(?:mm|cm|dm|km|kg|mg|ml|min)\b"  # others are told from a variable by the space before them
-)
+# others are told from a variable by the space before them
+SHORT_UNITS = r"(?:mm|cm|dm|km|kg|mg|ml|min)\b"
 UNIT = re.compile(
     rf"\s*(?:°|℃|{SHORT_UNITS}|(?<=\s)[^\W\d_]{{2,}}(?: [^\W\d_]+)*|[\u4e00-\u9fff]+)?\s*[.。]?",
     re.IGNORECASE,
@@ -57,9 +56,7 @@ PART = rf"({CHINESE_NUMBER.pattern}|\d+(?:\.\d+)?)"
 
 
 class Value(NamedTuple):
-    """A number as it is written, before its percent sign; None for a division left undone, and
-    beyond all measure.
-    """
+    """A number as written, before its percent sign; None if too large or a division left undone."""
 
     number: Fraction | None
     percent: bool
@@ -115,9 +112,7 @@ def boxed(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """A text in ASCII's signs, without LaTeX's marks as far as they mean nothing; fractions as 1/2,
-    or 3 1/2.
-    """
+    """A text in ASCII's signs, without LaTeX marks that mean nothing; fractions as 1/2 or 3 1/2."""
     text = normalise(text).translate(WIDE)
     text = re.sub(rf"百分之{PART}", lambda match: f"{numbers_in(match[1])[0]}%", text)
     text = re.sub(
@@ -131,30 +126,25 @@ def plain(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """A text for comparison letter by letter: no spaces, no "x =" before it, no full stop behind
-    it.
-    """
+    """A text for comparison by letter: no spaces, no "x =" before it, no full stop behind it."""
     return re.sub(r"^[a-zA-Z]=", "", re.sub(r"\s+", "", plain(text)).rstrip(".。"))
 
 
 def read_value(match: re.Match) -> Value:
     """The Value that VALUE has found."""
-    first, upper, lower = to_number(match["first"]), match["upper"], match["lower"]
-    if lower and first is not None:
+    number, upper, lower = to_number(match["first"]), match["upper"], match["lower"]
+    if lower and number is not None:
         part = Fraction(int(upper or 1), int(lower))
-        number = first + (part if first >= 0 else -part) if upper else first * part
+        number = number + (part if number >= 0 else -part) if upper else number * part
         if not upper and number.denominator == 1 and int(lower) != 1:
             number = None
-    else:
-        number = first
     return Value(number, bool(match["percent"]))
 
 
 def values_in(text: str) -> list[Value]:
     """All Values of a plain text; Chinese numerals count where there are no digits at all."""
-    return [read_value(match) for match in VALUE.finditer(text)] or [
-        Value(number, False) for number in numbers_in(text)
-    ]
+    found = [read_value(match) for match in VALUE.finditer(text)]
+    return found or [Value(number, False) for number in numbers_in(text)]
 
 
 def value_of(text: str) -> Value | None:
@@ -167,9 +157,7 @@ def value_of(text: str) -> Value | None:
 
 
 def final_value(completion: str) -> Value | None:
-    """The first Value after "the answer is", else the last of the completion: as `final_number`
-    does, with fractions.
-    """
+    """The first Value after "the answer is", else the last: `final_number` with fractions."""
     completion = plain(completion)
     markers = list(MARKER.finditer(completion))
     after = values_in(completion[markers[-1].end() :]) if markers else []
@@ -177,12 +165,9 @@ def final_value(completion: str) -> Value | None:
 
 
 def expression(answer: str) -> Value | None:
-    """The Value of a row's answer that was not worked out, like 15/(1/5); None if it is no such
-    thing, or a date.
-    """
-    if not re.fullmatch(r"[\d.+\-*/() ]+", answer) or re.fullmatch(
-        r"\d+([-/.])\d+\1\d+", answer.strip()
-    ):
+    """The Value of a row's answer not worked out, like 15/(1/5); None if it is none, or a date."""
+    is_date = re.fullmatch(r"\d+([-/.])\d+\1\d+", answer.strip())
+    if is_date or not re.fullmatch(r"[\d.+\-*/() ]+", answer):
         return None
     try:
         return Value(evaluate(answer.strip()), False)

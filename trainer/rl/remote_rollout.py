@@ -25,6 +25,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ class VLLM:
     def request(
         prompt: list[int], seed: int, max_tokens: int, temperature: float, ends: list[int]
     ) -> tuple[str, dict]:
-        """(path, body) that asks for one completion; ends: ids that end it, none: its length alone
-        does.
-        """
+        """(path, body) that asks for a completion; without ids `ends` its length alone ends it."""
         return "/v1/completions", FULL_DISTRIBUTION | {
             "prompt": prompt,
             "max_tokens": max_tokens,
@@ -89,22 +88,18 @@ class VLLM:
 
 
 class SGLang:
-    """SGLang's protocol, from its documentation and source."""
+    """SGLang's protocol, from its documentation and source, with the methods of VLLM."""
 
     start = "python -m sglang.launch_server --model-path {folder} --enable-deterministic-inference"
 
     @staticmethod
     def load(post: Post, folder: str) -> None:
-        """Let the server take over the weights of a checkpoint folder."""
         post("/update_weights_from_disk", {"model_path": folder})
 
     @staticmethod
     def request(
         prompt: list[int], seed: int, max_tokens: int, temperature: float, ends: list[int]
     ) -> tuple[str, dict]:
-        """(path, body) that asks for one completion; ends: ids that end it, none: its length alone
-        does.
-        """
         params = {
             "max_new_tokens": max_tokens,
             "temperature": temperature,
@@ -117,7 +112,6 @@ class SGLang:
 
     @staticmethod
     def read(reply: dict) -> tuple[list[int], list[float]]:
-        """(token ids, log-probability of each) of a completion."""
         written = reply["meta_info"]["output_token_logprobs"]
         return [token for _, token, _ in written], [log_prob for log_prob, _, _ in written]
 
@@ -165,8 +159,7 @@ class RemoteRollout:
         self.pool, self.watch = ThreadPoolExecutor(args.rollout_batch_size), Stopwatch()
 
     def refresh(self, now: bool = False) -> None:
-        """Note an update of the weights, and hand them to the server if its own would be too old;
-        all ranks call together.
+        """Note an update; hand the weights over if the server's are too old. All ranks call.
 
         now: hand them over in any case.
         """
@@ -189,12 +182,9 @@ class RemoteRollout:
         if self.age == math.inf:
             self.refresh()
         temperature = self.temperature if temperature is None else temperature
-
-        def complete(prompt: list[int], seed: int) -> Completion:
-            return self.complete(prompt, seed, max_completion_length, temperature)
-
+        same = repeat(max_completion_length), repeat(temperature)
         with self.watch:
-            return list(self.pool.map(complete, prompts, seeds))
+            return list(self.pool.map(self.complete, prompts, seeds, *same))
 
     def complete(
         self, prompt: list[int], seed: int, max_completion_length: int, temperature: float
@@ -239,9 +229,7 @@ class RemoteRollout:
         return self.folder
 
     def write(self, network: torch.nn.Module, folder: Path) -> None:
-        """A checkpoint folder of an untied network, with the tokenizer: the server can be started
-        on it.
-        """
+        """A checkpoint folder of an untied network, with the tokenizer: servers can start on it."""
         state = network.state_dict()
         state["lm_head.weight"] = state["lm_head.weight"].clone()
         with writing(folder):
@@ -249,9 +237,7 @@ class RemoteRollout:
             self.tokenizer.save_pretrained(folder)
 
     def load(self, network: torch.nn.Module, folder: Path) -> None:
-        """Let the server load a folder. ValueError unless its own completion is then as likely to
-        it as to `network`.
-        """
+        """Let the server load a folder; ValueError unless it then samples as `network` would."""
         self.protocol.load(self.post, str(folder))
         prompt = self.tokenizer(PROBE).input_ids
         longest = min(PROBE_TOKENS, self.max_len - len(prompt))
@@ -267,32 +253,26 @@ class RemoteRollout:
 
         off = distance(self.temperature)
         if off > NOISE and distance(1.0) < off / 2:
-            raise ValueError(
-                self.explained(
-                    "",
-                    f"reports the log-probabilities of temperature 1, but samples with "
-                    f"{self.temperature}. vLLM wants --logprobs-mode processed_logprobs, SGLang no "
-                    "SGLANG_RETURN_ORIGINAL_LOGPROB; or train with --temperature 1",
-                )
+            problem = (
+                f"reports the log-probabilities of temperature 1, but samples with "
+                f"{self.temperature}. vLLM wants --logprobs-mode processed_logprobs, SGLang no "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB; or train with --temperature 1"
             )
+            raise ValueError(self.explained("", problem))
         if not off <= TOLERANCE:
-            raise ValueError(
-                self.explained(
-                    "",
-                    f"has loaded {folder}, yet differs from the network by {off:.2f} nats per "
-                    "token: it has kept some of its old weights, computes in another way, or "
-                    "samples from something else",
-                )
+            problem = (
+                f"has loaded {folder}, yet differs from the network by {off:.2f} nats per token: "
+                "it has kept some of its old weights, computes in another way, or samples from "
+                "something else"
             )
+            raise ValueError(self.explained("", problem))
 
     # ---- requests
 
     def ask(
         self, prompt: list[int], seed: int, max_tokens: int, temperature: float, ends: list[int]
     ) -> tuple[list[int], list[float]]:
-        """(token ids, their log-probabilities) of one completion. ValueError if it is not one of
-        this vocabulary.
-        """
+        """(ids, their log-probabilities) of a completion; ValueError for another vocabulary."""
         path, body = self.protocol.request(prompt, seed, max_tokens, temperature, ends)
         text = self.post(path, body)
         try:
@@ -301,22 +281,19 @@ class RemoteRollout:
         except (ValueError, LookupError, TypeError):
             is_whole = False
         if not is_whole:
-            fault = f"answered without token ids and their log-probabilities: {text[:200]!r}"
-            raise ValueError(self.explained(path, fault))
+            problem = f"answered without token ids and their log-probabilities: {text[:200]!r}"
+            raise ValueError(self.explained(path, problem))
         size = self.model.config.vocab_size
-        wrong = next((token for token in tokens if not 0 <= token < size), None)
-        if wrong is not None:
-            fault = (
-                f"answered with token {wrong}, and the network's go up to {size - 1}: it serves "
+        if wrong := [token for token in tokens if not 0 <= token < size]:
+            problem = (
+                f"answered with token {wrong[0]}, and the network's go up to {size - 1}: it serves "
                 "another vocabulary"
             )
-            raise ValueError(self.explained(path, fault))
+            raise ValueError(self.explained(path, problem))
         return tokens, log_probs
 
     def post(self, path: str, body: dict) -> str:
-        """The reply's text. ConnectionError after TRIES requests that failed, ValueError if the
-        server refuses this one.
-        """
+        """The reply's text; ConnectionError after TRIES failures, ValueError for a refusal."""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))

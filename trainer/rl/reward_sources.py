@@ -25,11 +25,11 @@ from transformers import (
 )
 
 from dataset.chat.format import encode_conversation, normalize_conversation
-from dataset.chat.reply import assistant_message, strip_thinking
+from dataset.chat.reply import strip_thinking
 from dataset.chat.tools import run_file, where
 from model.native_format import NATIVE_TYPES
 from model.reward_model import MiniMindForSequenceClassification
-from trainer.rl.rollout import Sample
+from trainer.rl.rollout import Sample, final_answer
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -125,9 +125,7 @@ def model_reward(trusted: str, folder: str, device: torch.device) -> Reward:
 
 
 def classifier_scores(folder: str, device: torch.device) -> Callable[[Conversations], list[float]]:
-    """conversations -> rewards, of a standard sequence classifier with one label; ours through its
-    own network.
-    """
+    """conversations -> rewards, of a standard classifier with one label; ours by our network."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
@@ -137,10 +135,8 @@ def classifier_scores(folder: str, device: torch.device) -> Callable[[Conversati
             "of model:."
         ) from error
     kinds = config.architectures or []
-    if (
-        not any(name.endswith("ForSequenceClassification") for name in kinds)
-        or config.num_labels != 1
-    ):
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in kinds)
+    if not is_classifier or config.num_labels != 1:
         raise ValueError(
             f"--rewards model:{folder} is {', '.join(kinds or ['no model'])} with "
             f"{config.num_labels} labels, no reward model: give a sequence classifier with one "
@@ -156,9 +152,7 @@ def classifier_scores(folder: str, device: torch.device) -> Callable[[Conversati
     is_ours = tokenizer.chat_template == OUR_TEMPLATE.read_text(encoding="utf-8")
     if config.model_type in NATIVE_TYPES and is_ours:
         ours = MiniMindForSequenceClassification.from_pretrained(folder).to(device)
-        return lambda conversations: score_conversations(
-            ours, tokenizer, conversations, BATCH_SIZE
-        ).tolist()
+        return lambda conversations: score_conversations(ours, tokenizer, conversations).tolist()
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype="auto", trust_remote_code=False
     )
@@ -171,7 +165,7 @@ def score_conversations(
     model: MiniMindForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Conversations,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
 ) -> torch.Tensor:
     """Rewards of whole conversations, read after the last message of each: float32 [n] on the CPU.
 
@@ -186,9 +180,7 @@ def score_conversations(
 def padded_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Conversations
 ) -> list[float]:
-    """Rewards of conversations by a classifier of transformers; those of similar length are
-    computed together.
-    """
+    """Rewards of conversations by a classifier of transformers; similar lengths go together."""
     sequences = []
     for messages in conversations:
         messages, _ = normalize_conversation(messages)
@@ -213,9 +205,7 @@ def padded_scores(
 
 
 def foreign_scores(folder: str, device: torch.device) -> Callable[[Conversations], list[float]]:
-    """conversations -> rewards, of a model whose folder has the code, with get_scores or get_score
-    (tokenizer, messages).
-    """
+    """conversations -> rewards, by get_scores or get_score(tokenizer, messages) of its own code."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=True)
     model = model.to(device).eval()
@@ -246,9 +236,7 @@ def foreign_scores(folder: str, device: torch.device) -> Callable[[Conversations
 
 
 def judge_reward(url: str, name: str, device: torch.device) -> Reward:
-    """Grades of a model behind OpenAI's API at `url`, divided by 10; an empty answer is worth 0,
-    unasked.
-    """
+    """Grades of a model behind OpenAI's API at `url`, over 10; an empty answer gets 0, unasked."""
     from openai import AsyncOpenAI  # takes a second, and few runs have a judge
 
     key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -260,8 +248,7 @@ def judge_reward(url: str, name: str, device: torch.device) -> Reward:
             return await asyncio.gather(*(one(client, slots, sample) for sample in samples))
 
     async def one(client: "AsyncOpenAI", slots: asyncio.Semaphore, sample: Sample) -> float:
-        has_tools = bool(sample.row["conversations"][0].get("tools"))
-        answer = strip_thinking(assistant_message(sample.text, has_tools)["content"])
+        answer = final_answer(sample)
         if not answer:
             return 0.0
         async with slots:
@@ -305,9 +292,7 @@ async def grade(client: "AsyncOpenAI", url: str, name: str, prompt: str) -> floa
 
 
 def read_grade(text: str) -> float | None:
-    """The number of a judge's reply: alone, or after the last "Grade"; None if there is none from 0
-    to 10.
-    """
+    """The grade, 0 to 10, in a reply: alone, or after the last "Grade"; None without one."""
     grades = [float(match[1] or match[2]) for match in GRADE.finditer(text.strip())]
     return grades[-1] if grades and grades[-1] <= 10 else None
 

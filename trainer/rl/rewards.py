@@ -45,12 +45,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.chat.final_answer import contains, is_correct, normalise, to_number
 from dataset.chat.format import normalize_conversation
-from dataset.chat.reply import CALL, assistant_message, strip_thinking
+from dataset.chat.reply import CALL
 from dataset.chat.tools import Tool, ToolBox
 from trainer.rl.arguments import SOURCES, reward_weights
 from trainer.rl.graders import is_right
 from trainer.rl.reward_sources import Reward, function_reward, judge_reward, model_reward
-from trainer.rl.rollout import Sample
+from trainer.rl.rollout import Sample, final_answer, last_message
 from trainer.runtime.run import Run
 
 
@@ -75,16 +75,6 @@ def tools_of(row: dict) -> dict[str, dict]:
         for tool in messages[0].get("tools") or []
     ]
     return {tool["name"]: tool for tool in (tool.get("function", tool) for tool in tools)}
-
-
-def last_message(sample: Sample) -> dict:
-    """The last completion as a message: content, reasoning_content, tool_calls."""
-    return assistant_message(sample.text, bool(sample.row["conversations"][0].get("tools")))
-
-
-def final_answer(sample: Sample) -> str:
-    """The last completion without reasoning and calls; empty if the reasoning never ends."""
-    return strip_thinking(last_message(sample)["content"])
 
 
 def written_messages(sample: Sample) -> list[dict]:
@@ -187,9 +177,7 @@ def length(sample: Sample, context: Context) -> float:
 
 
 def overlong(sample: Sample, context: Context) -> float:
-    """DAPO's soft punishment (equation 13): 0 up to L_max - buffer tokens, then falling linearly to
-    -1 at L_max.
-    """
+    """DAPO's soft punishment (eq. 13): 0 up to L_max - buffer tokens, then down to -1 at L_max."""
     longest = max(map(len, turns_of(sample)), default=0)
     room = context.max_completion_length - context.overlong_buffer - longest
     return max(-1.0, min(0, room) / context.overlong_buffer)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat.reply import assistant_message
+from dataset.chat.reply import assistant_message, strip_thinking
 from dataset.prompt_dataset import PromptDataset
 from model.engine import Engine
 from model.sampling import SamplingParams
@@ -49,14 +49,26 @@ class Sample:
 
     row: dict
     prompt: list[int]
-    tokens: list[int]
-    is_sampled: list[bool]
-    log_probs: list[float]
+    tokens: list[int] = field(default_factory=list)
+    is_sampled: list[bool] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     text: str = ""
     messages: list[dict] = field(default_factory=list)
     is_complete: bool = False
     item: int = 0
     rewards: dict[str, float] = field(default_factory=dict)  # each part, and "total"
+
+    def add(self, completion: Completion, thinking: bool | None, has_tools: bool) -> None:
+        """Add what was sampled after the prompt and these tokens.
+
+        thinking: True if the prompt has opened the reasoning. has_tools: calls in it are read.
+        """
+        self.tokens += completion.tokens
+        self.is_sampled += [True] * len(completion.tokens)
+        self.log_probs += completion.log_probs
+        self.text = ("<think>\n" if thinking else "") + completion.text
+        self.messages.append(assistant_message(self.text, has_tools))
+        self.is_complete = completion.is_complete
 
     @property
     def num_sampled(self) -> int:
@@ -65,9 +77,18 @@ class Sample:
     @property
     def old_log_probs(self) -> torch.Tensor:
         """Of the sampled tokens, float32 [num_sampled]."""
-        return torch.tensor(
-            [x for x, is_sampled in zip(self.log_probs, self.is_sampled) if is_sampled]
-        )
+        pairs = zip(self.log_probs, self.is_sampled)
+        return torch.tensor([x for x, is_sampled in pairs if is_sampled])
+
+
+def last_message(sample: Sample) -> dict:
+    """The last completion as a message: content, reasoning_content, tool_calls."""
+    return assistant_message(sample.text, bool(sample.row["conversations"][0].get("tools")))
+
+
+def final_answer(sample: Sample) -> str:
+    """The last completion without reasoning and calls; empty if the reasoning never ends."""
+    return strip_thinking(last_message(sample)["content"])
 
 
 class Stopwatch:
@@ -158,28 +179,22 @@ class SingleTurn:
             self.args.max_completion_length,
             temperature,
         )
-        samples = []
-        for item, one in zip(items, completions):
-            row, opened = dataset.rows[item], "<think>\n" if self.args.thinking else ""
-            text = opened + one.text  # the prompt has opened the reasoning
-            reply = assistant_message(text, bool(row["conversations"][0].get("tools")))
-            samples.append(
-                Sample(
-                    row,
-                    dataset.prompts[item],
-                    one.tokens,
-                    [True] * len(one.tokens),
-                    one.log_probs,
-                    text,
-                    [*row["conversations"], reply],
-                    one.is_complete,
-                    item,
-                )
-            )
+        samples = begin_samples(dataset, items)
+        for sample, completion in zip(samples, completions):
+            has_tools = bool(sample.row["conversations"][0].get("tools"))
+            sample.add(completion, self.args.thinking, has_tools)
         return samples
 
 
 Sampler = Callable[..., list[Sample]]
+
+
+def begin_samples(dataset: PromptDataset, items: list[int]) -> list[Sample]:
+    """Samples of these rows to which nothing has been added yet."""
+    rows, prompts = dataset.rows, dataset.prompts
+    return [
+        Sample(rows[i], prompts[i], messages=list(rows[i]["conversations"]), item=i) for i in items
+    ]
 
 
 def draw_seed(*key: Any) -> int:

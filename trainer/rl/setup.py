@@ -16,10 +16,9 @@ from model.native_format import network_sha256
 from trainer.rl.arguments import reward_weights
 from trainer.rl.rewards import check_row
 from trainer.rl.rollout import Rollout
-from trainer.runtime.arguments import ROOT
 from trainer.runtime.data import split_validation, use_toy_world
 from trainer.runtime.run import Run
-from trainer.runtime.weights import find_weight, load_model
+from trainer.runtime.weights import find_base, load_model
 
 
 def load_policy(
@@ -31,14 +30,13 @@ def load_policy(
     and the checkpoint is the adapter.
     """
     args = run.args
-    base = find_weight(args.from_weight, args, run.device).resolve()
+    base = find_base(args, run.device)
     model, tokenizer = load_model(run)
     reference = copy.deepcopy(model).eval().requires_grad_(False) if args.beta else None
     if not args.lora_rank:
         return model, model, tokenizer, reference
     settings = LoRASettings(args.lora_rank, 2.0 * args.lora_rank)
     add_adapter(model, settings)
-    base = base.relative_to(ROOT) if base.is_relative_to(ROOT) else base
     return model, AdapterOnly(model, settings, base), tokenizer, reference
 
 

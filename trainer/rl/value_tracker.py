@@ -29,8 +29,7 @@ Score = Callable[[list[Sample]], list[torch.Tensor]]
 
 
 class ValueTracker:
-    """Values of `num_prompts` prompts, all 1/2 with the weight of one reward until `start` or
-    `update`.
+    """Values of `num_prompts` prompts, all 1/2 with one reward's weight until `start` or `update`.
 
     half_kl: the divergence, in nats per token, after which half is forgotten. A value remembers
     about 1 / (1 - rho) rewards: 8 to 25 with these bounds. The defaults are those of the published
@@ -74,9 +73,7 @@ class ValueTracker:
             self.beta[item] = kept * self.beta[item] + 1 - reward
 
     def sampling_weights(self) -> torch.Tensor:
-        """sqrt(v (1 - v)) + 0.05 of every prompt, float64 [N]: most where the outcome is open,
-        never nothing.
-        """
+        """sqrt(v (1 - v)) + 0.05 of all prompts, float64 [N]: most at an open outcome, never 0."""
         v = self.values()
         return (v * (1 - v)).sqrt() + EXPLORATION
 
@@ -100,8 +97,7 @@ class ValueTracker:
 
 
 class SingleStream:
-    """The baseline of a run with one completion for each prompt: the values of the prompts, and
-    their last completions, by which the values are forgotten.
+    """The baseline with one completion for each prompt: the prompts' values and last completions.
 
     ValueError if there are too few prompts for a step of `num_prompts` different ones.
     """
@@ -144,8 +140,7 @@ class LastSamples:
         self.prompts, self.samples = prompts, {}
 
     def divergences(self, items: list[int], score: Score) -> torch.Tensor:
-        """How far the policy has moved since each of these prompts' last sample, float64 [k]; 0 for
-        a prompt without one.
+        """How far the policy has moved since each prompt's last sample, float64 [k]; 0 without one.
 
         The mean of |log p then - log p now| over that sample's tokens, in nats, as in the published
         code: it bounds their estimate of the divergence.

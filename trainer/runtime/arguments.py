@@ -22,13 +22,14 @@ def arg(
     default: Any,
     help: str,
     choices: list | None = None,
-    nargs: str | None = None,
+    nargs: str = "+",
     aliases: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field that is also a flag; a list default is copied for each instance.
 
-    aliases: other names that the flag is known by, without dashes. They are accepted and hidden; a
-    dataclass that overrides the field inherits them.
+    nargs: of a list. aliases: other names that the flag is known by, without dashes. They are
+    accepted and hidden. A dataclass that overrides the field inherits them; one that overrides it
+    with a plain value, as in `epochs: int = 3`, inherits everything else.
     """
     metadata = {"help": help, "choices": choices, "nargs": nargs, "aliases": aliases}
     if isinstance(default, list):
@@ -47,21 +48,22 @@ def parse_bool(text: str) -> bool:
     )
 
 
-def aliases_of(cls: type) -> dict[str, tuple[str, ...]]:
-    """{flag: its other names} of a dataclass, with those that its base classes gave."""
-    found: dict[str, tuple[str, ...]] = {}
+def flags_of(cls: type) -> dict[str, dict[str, Any]]:
+    """{flag: "help", "choices", "nargs", "aliases"} of a dataclass, with what its bases gave."""
+    found: dict[str, dict[str, Any]] = {}
     for base in reversed(cls.__mro__):
         for one in base.__dict__.get("__dataclass_fields__", {}).values():
-            found[one.name] = tuple(
-                dict.fromkeys([*found.get(one.name, ()), *one.metadata.get("aliases", ())])
-            )
-    names = {one.name for one in dataclasses.fields(cls)}
-    return {name: tuple(x for x in found[name] if x not in names) for name in names}
+            before = found.get(one.name, {"aliases": ()})
+            aliases = dict.fromkeys([*before["aliases"], *one.metadata.get("aliases", ())])
+            found[one.name] = {**before, **one.metadata, "aliases": tuple(aliases)}
+    for flag in found.values():
+        flag["aliases"] = tuple(alias for alias in flag["aliases"] if alias not in found)
+    return found
 
 
 def with_new_names(cls: type, arguments: dict) -> dict:
     """The arguments that an older version wrote, under the names that the flags have now."""
-    new = {alias: name for name, aliases in aliases_of(cls).items() for alias in aliases}
+    new = {alias: name for name, flag in flags_of(cls).items() for alias in flag["aliases"]}
     return {new.get(name, name): value for name, value in arguments.items()}
 
 
@@ -96,19 +98,19 @@ def parse_args(cls: type, argv: Sequence[str] | None = None) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--flag value ...]   (--help lists the flags)",
     )
-    hints, aliases = typing.get_type_hints(cls), aliases_of(cls)
+    hints, flags = typing.get_type_hints(cls), flags_of(cls)
     for one in dataclasses.fields(cls):
-        kind = hints[one.name]
-        options = {"choices": one.metadata["choices"], "dest": one.name, "action": _Store}
+        kind, flag = hints[one.name], flags[one.name]
+        options = {"choices": flag["choices"], "dest": one.name, "action": _Store}
         if isinstance(kind, types.UnionType):  # int | None: the flag takes an int
             kind = next(part for part in kind.__args__ if part is not type(None))
         if kind is bool:
             kind, options = parse_bool, options | {"nargs": "?", "const": True}
-        elif one.metadata["nargs"]:
-            kind, options = kind.__args__[0], options | {"nargs": one.metadata["nargs"]}
+        elif typing.get_origin(kind) is list:
+            kind, options = kind.__args__[0], options | {"nargs": flag["nargs"]}
         options |= {"type": kind, "default": argparse.SUPPRESS}
-        parser.add_argument(f"--{one.name}", help=_help(one), **options)
-        for alias in aliases[one.name]:
+        parser.add_argument(f"--{one.name}", help=_help(one, flag["help"]), **options)
+        for alias in flag["aliases"]:
             parser.add_argument(f"--{alias}", help=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(argv))
     given.pop("_names", None)
@@ -121,11 +123,11 @@ def parse_args(cls: type, argv: Sequence[str] | None = None) -> Any:
     return args
 
 
-def _help(one: dataclasses.Field) -> str:
+def _help(one: dataclasses.Field, text: str) -> str:
     default = one.default if one.default is not MISSING else one.default_factory()
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     note = "" if shown in (None, "") else f" (default: {shown})"
-    return (one.metadata["help"] + note).replace("%", "%%").replace(f"{ROOT}/", "")
+    return (text + note).replace("%", "%%").replace(f"{ROOT}/", "")
 
 
 def check_flags(cls: type, module_name: str) -> None:

@@ -167,9 +167,8 @@ class Checkpoint:
         """Put the weights, configuration and tokenizer of `checkpoint` into the run's folder."""
         for path in checkpoint.iterdir():
             if path.name not in STATE_ONLY:
-                replace_file(
-                    self.folder / path.name, lambda new, path=path: link_or_copy(path, new)
-                )
+                target = self.folder / path.name
+                replace_file(target, lambda new, path=path: link_or_copy(path, new))
         if not (checkpoint / "chat_template.jinja").exists():
             # from another run: it would call this one a chat model
             (self.folder / "chat_template.jinja").unlink(missing_ok=True)

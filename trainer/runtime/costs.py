@@ -121,9 +121,7 @@ def elementwise_bytes(config: MiniMindConfig, positions: int, targets: int) -> i
 
 @dataclass
 class Rates:
-    """The four constants of the estimate: operations and bytes per second, seconds per step and
-    layer.
-    """
+    """Constants of the estimate: operations and bytes per second, seconds per step and layer."""
 
     matrix: float
     copy: float

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataset.inspect_rows import show_rows
-from dataset.packing import PackedBatches
+from dataset.packing import IGNORE, PackedBatches
 from trainer.runtime.arguments import ROOT
 from trainer.runtime.process import Compute
 from trainer.runtime.run import Inspected, Run
@@ -118,3 +118,17 @@ def single_pass(
         **{"seed": 0, **options},
     )
     return chain.from_iterable(steps)
+
+
+def documents_of(micro: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The documents of a packed micro-batch as {"input_ids", "labels"}, int64 [n]."""
+    found = []
+    for ids, labels, positions in zip(micro["input_ids"], micro["labels"], micro["position_ids"]):
+        starts = (positions == 0).nonzero()[:, 0]
+        lengths = torch.diff(starts, append=torch.tensor([len(ids)])).tolist()
+        found += [
+            {"input_ids": x, "labels": y}
+            for x, y in zip(ids.split(lengths), labels.split(lengths))
+            if (y != IGNORE).any()  # the rest is padding
+        ]
+    return found

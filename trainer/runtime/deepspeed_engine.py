@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 
 from trainer.runtime.train_args import TrainArgs, read_deepspeed_config
@@ -74,9 +75,7 @@ class DeepSpeedEngine:
         return float(self.wrapped.get_global_grad_norm())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All that is trained, float32 on the CPU, by name: a call for all ranks together; {} but
-        on the first.
-        """
+        """All that is trained, float32 on the CPU, by name; all ranks call, {} but on rank 0."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         whole = (
@@ -84,7 +83,7 @@ class DeepSpeedEngine:
             for name in self.trained
         )
         state = {
-            name: x.cpu().view(self.shape(name))
+            name: x.cpu().view(whole_shape(self.model.get_parameter(name)))
             for name, x in whole
             if self.wrapped.global_rank == 0
         }
@@ -92,27 +91,18 @@ class DeepSpeedEngine:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state
 
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a parameter, also where its data is elsewhere."""
-        x = self.model.get_parameter(name)
-        return getattr(x, "ds_shape", x.shape)
-
     def optimizer_state(self) -> dict | None:
-        """What the unsharded AdamW's state_dict() would be: a call for all ranks together; None but
-        on the first.
-        """
+        """The unsharded AdamW's state_dict(); all ranks call together, None but on rank 0."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state, groups, count = {}, [], 0
         updates = next(iter(self.zero.optimizer.state.values()))["step"].cpu()
         for parameters, hyperparameters in zip(self.grouped, self.hyperparameters):
-            groups.append(
-                {**hyperparameters, "params": list(range(count, count + len(parameters)))}
-            )
+            numbers = list(range(count, count + len(parameters)))
+            groups.append({**hyperparameters, "params": numbers})
             for x in parameters:
-                shape = getattr(x, "ds_shape", x.shape)
                 whole = {
-                    name: safe_get_full_optimizer_state(x, name).cpu().view(shape)
+                    name: safe_get_full_optimizer_state(x, name).cpu().view(whole_shape(x))
                     for name in STATES
                 }
                 state[count] = {"step": updates, **whole}
@@ -154,17 +144,19 @@ class DeepSpeedEngine:
                 safe_set_full_optimizer_state(x, value.to(x.device), state_name)
             return
         size = x.ds_tensor.numel()  # the last rank's part may be longer than what is left for it
-        padded = torch.nn.functional.pad(
-            value.flatten(), (0, size * self.wrapped.world_size - value.numel())
-        )
-        part = padded.view(self.wrapped.world_size, size)[self.wrapped.global_rank].to(
-            x.ds_tensor.device
-        )
+        rank, world_size = self.wrapped.global_rank, self.wrapped.world_size
+        padded = F.pad(value.flatten(), (0, size * world_size - value.numel()))
+        part = padded.view(world_size, size)[rank].to(x.ds_tensor.device)
         if state_name is None:
             x.ds_tensor.data.copy_(part)
             safe_set_local_fp32_param(x, part)
         else:
             safe_set_local_optimizer_state(x, part, state_name)
+
+
+def whole_shape(x: torch.nn.Parameter) -> torch.Size:
+    """Shape of a parameter, also where its data is elsewhere."""
+    return getattr(x, "ds_shape", x.shape)
 
 
 def build_cpu_op() -> None:

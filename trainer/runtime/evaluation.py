@@ -22,19 +22,16 @@ def bits_per_byte(
     max_seq_len: int,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """Mean loss on the targets of `dataset`: {"loss": nats per token, "bpb": bits per byte of text,
-    "tokens", "bytes"}.
+    """Mean loss on all targets: {"loss": nats per token, "bpb": bits per byte, "tokens", "bytes"}.
 
     End tokens are predicted too and cost their bits, but stand for no bytes. The ranks share the
     work.
     """
     byte_lengths = torch.from_numpy(token_byte_lengths(tokenizer)).to(run.device)
-    pad_id = tokenizer.pad_token_id
+    sizes = {"batch_size": batch_size, "max_seq_len": max_seq_len}
     nll = num_tokens = num_bytes = 0.0
     with evaluating(model):
-        for micro in single_pass(
-            run, dataset, pad_id, batch_size=batch_size, max_seq_len=max_seq_len
-        ):
+        for micro in single_pass(run, dataset, tokenizer.pad_token_id, **sizes):
             micro = run.to_device(micro)
             targets = F.pad(micro["labels"][:, 1:], (0, 1), value=-100)
             with run.autocast():

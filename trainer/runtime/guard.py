@@ -1,13 +1,13 @@
 """When a loss or a gradient is not finite: the step is not applied, and there is a limit."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from model.files import writing
+from trainer.runtime.data import documents_of
 from trainer.runtime.run import Run, Update
 
 LOWER = 0.5  # factor of the learning rate once the run has returned to a checkpoint
@@ -77,20 +77,10 @@ def write_bad_rows(
         lines = (
             json.dumps({"micro_batch": number, **about, "text": text}, ensure_ascii=False) + "\n"
             for number, micro in enumerate(micro_batches)
-            for text in _trained_texts(micro, tokenizer)
+            for text in (tokenizer.decode(one["input_ids"]) for one in documents_of(micro))
         )
         path.write_text("".join(lines), encoding="utf-8")
         ours = path.parent.glob(f"step-*-rank-{rank}.jsonl")
         for old in sorted(ours, key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
             old.unlink()
     return path if run.ranks.world_size == 1 else path.with_name(f"{name}-rank-*.jsonl")
-
-
-def _trained_texts(
-    micro: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
-    starts = torch.nonzero(micro["position_ids"].flatten() == 0).flatten().tolist()
-    ids, is_target = micro["input_ids"].flatten(), (micro["labels"] != -100).flatten()
-    for start, end in zip(starts, [*starts[1:], len(ids)]):
-        if is_target[start:end].any():  # the rest is padding
-            yield tokenizer.decode(ids[start:end])

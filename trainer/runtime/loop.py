@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from model.files import write_json
 from trainer.runtime.checkpoint import Checkpoint, TrainState
 from trainer.runtime.costs import step_work, training_flops
 from trainer.runtime.guard import NonFiniteGuard, fix_for_bad_steps, write_bad_rows
 from trainer.runtime.means import Means
-from trainer.runtime.metrics import plot_curve, read_metrics, write_json
+from trainer.runtime.metrics import plot_curve, read_metrics
 from trainer.runtime.ranks import Ranks
 from trainer.runtime.record import RunRecord
 from trainer.runtime.run import Run, Update
@@ -199,19 +200,16 @@ class Loop:
         where = f"their rows are in {run.folder / 'bad_steps'}"
         if self.is_stopped:
             self.exit_after_signal(where)
-        fix = fix_for_bad_steps(run)
+        problem = f"the last {bad} steps had a loss or gradient that is not finite"
+        fix = f"{where}. {fix_for_bad_steps(run)}"
         if bad and not run.saved_step:
-            raise FloatingPointError(
-                f"the last {bad} steps had a loss or gradient that is not finite, and nothing was "
-                f"saved before them; {where}. {fix}"
-            )
+            raise FloatingPointError(f"{problem}, and nothing was saved before them; {fix}")
         if not run.ranks.is_main_process:
             return
         if bad:
             print(
-                f"warning: the last {bad} steps had a loss or gradient that is not finite: the "
-                f"weights are from the checkpoint before them, step {run.saved_step}; {where}. "
-                f"{fix}"
+                f"warning: {problem}: the weights are from the checkpoint before them, step "
+                f"{run.saved_step}; {fix}"
             )
         plot_curve(run.folder)
         if self.args.json:

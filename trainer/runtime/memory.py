@@ -13,6 +13,9 @@ from trainer.runtime.train_args import TrainArgs
 
 MARGIN = 0.9  # of the free memory may be planned for: the estimate is rough, and memory fragments
 OWN_GROUPS = Path("/proc/self/cgroup")
+# of a control group, version 2 and 1: the limit, the use, and the part of it given up on demand
+GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 SHORTEST = 64  # tokens of a batch row that are worth training on
 
 Needs = Callable[[int, bool, int], int]
@@ -93,30 +96,20 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def container_limits(root: Path) -> Iterator[int]:
-    """Bytes left under the limits of the container or job that this process runs in (control
-    groups, version 2 and 1).
-    """
+    """Bytes left under the limits of this process's container or job (control groups 2 and 1)."""
     lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
     for controllers, path in (line.split(":", 2)[1:] for line in lines):
         if controllers not in ("", "memory"):
             continue
-        names = (
-            ("memory.max", "memory.current", "inactive_file")
-            if not controllers
-            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        )
+        names = GROUP_V1 if controllers else GROUP_V2
         folder = root / controllers / path.strip("/")
         for group in (folder, *folder.parents):
             if not group.is_relative_to(root):
                 break
             limit, used, stat = (group / name for name in (*names[:2], "memory.stat"))
-            if (
-                all(file.is_file() for file in (limit, used, stat))
-                and limit.read_text().strip().isdigit()
-            ):
-                cached = dict(line.split() for line in stat.read_text().splitlines())[
-                    names[2]
-                ]  # given up on demand
+            is_there = all(file.is_file() for file in (limit, used, stat))
+            if is_there and limit.read_text().strip().isdigit():
+                cached = dict(line.split() for line in stat.read_text().splitlines())[names[2]]
                 yield int(limit.read_text()) - int(used.read_text()) + int(cached)
 
 

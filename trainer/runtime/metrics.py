@@ -1,11 +1,12 @@
-"""The metrics of a run on disk: metrics.jsonl, other JSON files, and the curve drawn from them."""
+"""The metrics of a run on disk, metrics.jsonl, and the curve drawn from them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from model.files import replace_file, writing
+from model.files import replace_file
 
+RESUME = ", and resume with --from_resume"
 VALIDATION = {
     "val_bpb": "validation (bits per byte)",
     "val_rewards/accuracies": "held-out pairs classified rightly",
@@ -13,25 +14,32 @@ VALIDATION = {
 }
 
 
-def write_json(path: str | Path, metrics: Any) -> None:
-    """Write metrics to a file, whose folder is made if missing; OSError with the fix."""
-    with writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(metrics, indent=1, ensure_ascii=False) + "\n"
-    replace_file(path, lambda new: new.write_text(text, encoding="utf-8"))
-
-
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without a half-written last line; [] if there is no file."""
     if not Path(path).is_file():
         return []
     rows = []
-    for line in Path(path).read_text().splitlines():
+    # bytes: a text may hold other characters that end a line for Python
+    for line in Path(path).read_bytes().split(b"\n"):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return rows
+
+
+def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of a .jsonl about later steps than `step`, and a half-written last one.
+
+    Returns the other rows. Step 0 keeps none: what was logged before the first step comes again.
+    """
+    rows = read_metrics(path) if step else []
+    lines = path.read_bytes().split(b"\n") if rows else []
+    kept = [(line, row) for line, row in zip(lines, rows) if row["step"] <= step]
+    text = b"".join(line + b"\n" for line, _ in kept)
+    # never in place: a kill here must not lose the others
+    replace_file(path, lambda new: new.write_bytes(text), RESUME)
+    return [row for _, row in kept]
 
 
 def plot_curve(folder: str | Path) -> None:

@@ -88,9 +88,7 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for parameters [m, n] or stacks of
-    them [E, m, n].
-    """
+    """Muon with Nesterov momentum and decoupled decay, for matrices [m, n] or stacks [E, m, n]."""
 
     def __init__(
         self,

@@ -167,8 +167,7 @@ def validate_pairs(
     index: int,
     score: Score,
 ) -> tuple[dict[str, float], str]:
-    """({"val_METRIC/NAME": number}, text) of held-out pairs; the text has a sample, chosen by
-    index.
+    """({"val_METRIC/NAME": number}, text) of held-out pairs; index chooses the sample in the text.
 
     score(dataset, micro_batches, means) notes the losses and rewards. A reward model writes no
     sample.

@@ -90,9 +90,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed tensors: returned to the system, each step pays for their page
-    faults again.
-    """
+    """Tell glibc to keep large freed tensors: else each step pays for their page faults again."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # other C libraries lack it
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -134,9 +132,8 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """torch.dtype for a --dtype; auto: bfloat16 on GPUs that have it (Ampere on), else float32."""
     if name == "auto":
-        is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
+        is_cuda = device.type == "cuda"
+        is_native = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if is_native else "float32"
     return DTYPES[name]
 

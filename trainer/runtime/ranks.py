@@ -115,10 +115,6 @@ class Ranks:
         dist.all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
-    def barrier(self) -> None:
-        """Wait until all are here."""
-        self.sum(0)
-
     def close(self) -> None:
         """Leave the group."""
         if dist.is_initialized():

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from model.files import replace_file, writing
+from model.files import write_json, writing
 from trainer.runtime.costs import peak_flops
-from trainer.runtime.metrics import read_metrics, write_json
+from trainer.runtime.metrics import RESUME, keep_lines
 from trainer.runtime.run import Run
 from trainer.runtime.tracker import open_tracker
 
@@ -21,7 +21,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-RESUME = ", and resume with --from_resume"
 QUIET_SECONDS = 15  # without a terminal: a line at most this often
 
 
@@ -44,7 +43,7 @@ class RunRecord:
         self.seconds_before, self.start, self.printed = 0.0, time.perf_counter(), 0.0
         if self.is_main_process:
             run.folder.mkdir(parents=True, exist_ok=True)
-            kept = self.keep_lines(first)
+            kept = keep_lines(self.path, first)
             self.seconds_before = kept[-1]["seconds"] if kept else 0.0
             config = {**asdict(run.args), "num_steps": num_steps, **resolved}
             write_json(run.folder / "arguments.json", config)
@@ -66,14 +65,6 @@ class RunRecord:
         self.bar.close()
         if self.is_main_process:
             self.tracker.close(failed=kind is not None)
-
-    def keep_lines(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines of metrics.jsonl about later steps than `step`; returns the others."""
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        # never in place: a kill here must not lose the others
-        replace_file(self.path, lambda new: new.write_text(text), RESUME)
-        return kept
 
     def begin_window(self) -> None:
         """Forget the steps so far: the speed of a line is that of the steps since the last line."""
@@ -110,14 +101,10 @@ class RunRecord:
         if self.is_main_process:
             row["seconds"] = round(self.seconds_before + now - self.start, 2)
             finite = {name: x if math.isfinite(x) else None for name, x in row.items()}
-            self.append(finite)  # JSON has no nan
+            with writing(self.path, RESUME), open(self.path, "a") as file:
+                file.write(json.dumps(finite) + "\n")  # JSON has no nan
             self.tracker.log(finite, step)
         self.begin_window()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl."""
-        with writing(self.path, RESUME), open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
 
     def speed(self, seconds: float) -> dict[str, float]:
         """Target tokens per second, fraction of the GPU's peak (MFU), fraction of the time spent
@@ -142,7 +129,7 @@ class RunRecord:
         """Take back everything about later steps than `step`: the run repeats them."""
         self.targets = targets
         if self.is_main_process:
-            self.keep_lines(step)
+            keep_lines(self.path, step)
             self.tracker.go_back(step)
             self.bar.n = step
         self.begin_window()

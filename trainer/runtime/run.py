@@ -18,9 +18,7 @@ from trainer.runtime.train_args import TrainArgs, read_deepspeed_config
 
 
 class Update(NamedTuple):
-    """One optimizer step: the loss over all ranks, the gradients' norm before clipping, and whether
-    both were finite. A step that is not finite is not applied.
-    """
+    """One optimizer step, applied if finite: loss over all ranks, gradient norm before the clip."""
 
     loss: float
     grad_norm: float
@@ -142,9 +140,7 @@ class Run(Compute):
 
     @contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: autocast; the ranks exchange gradients only
-        in the step's last one.
-        """
+        """Around forward and backward of a micro-batch: autocast; the last exchanges gradients."""
         is_ddp = isinstance(self.net, DistributedDataParallel)
         if self.engine:
             self.engine.wrapped.set_gradient_accumulation_boundary(is_last)

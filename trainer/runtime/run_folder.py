@@ -22,9 +22,8 @@ def shape_name(config: MiniMindConfig) -> str:
         preset = MiniMindConfig.from_preset(name)
         if all(getattr(preset, field) == getattr(config, field) for field in SHAPE):
             return name
-    return f"{config.hidden_size}x{config.num_hidden_layers}" + (
-        "_moe" if config.num_experts else ""
-    )
+    kind = "_moe" if config.num_experts else ""
+    return f"{config.hidden_size}x{config.num_hidden_layers}{kind}"
 
 
 def open_run_folder(run: Run, config: MiniMindConfig) -> None:

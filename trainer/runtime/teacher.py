@@ -13,6 +13,7 @@ from dataset.packing import IGNORE, collate, pack
 from model.engine import Engine
 from model.model_minimind import MiniMindForCausalLM
 from model.sampling import SamplingParams
+from trainer.runtime.data import documents_of
 from trainer.runtime.run import Run
 from trainer.runtime.weights import SHAPE_FLAGS, read_weight
 
@@ -22,9 +23,7 @@ Micro = dict[str, torch.Tensor]
 def load_teacher(
     args: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> MiniMindForCausalLM:
-    """The network of --teacher, frozen. ValueError if it is not there, or if its tokenizer is not
-    the student's.
-    """
+    """The network of --teacher, frozen. ValueError without it, or if its tokenizer is another."""
     own = {name: getattr(args, f"teacher_{name}") for name in SHAPE_FLAGS}
     asked = replace(args, **own)
     asked.given = {name for name in SHAPE_FLAGS if f"teacher_{name}" in args.given}
@@ -69,8 +68,7 @@ def merge_ranks(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 class OnPolicyCompletions:
-    """Puts the student's own completions into a step (Agarwal et al. 2024, algorithm 1, with a draw
-    for each row).
+    """Puts the student's own completions into a step (Agarwal et al. 2024, alg. 1, drawn per row).
 
     Which rows get one, and which one, depends on (seed, step, row) alone: a resumed run samples the
     same, and so do the same rows in other micro-batches or ranks, up to float ties.
@@ -119,26 +117,12 @@ class OnPolicyCompletions:
         both = []
         for name in ("labels", "data_labels"):
             sequences = [
-                {"input_ids": one["input_ids"].numpy(), "labels": one[name].numpy()}
-                for one in documents
+                {"input_ids": x["input_ids"].numpy(), "labels": x.get(name, x["labels"]).numpy()}
+                for x in documents
             ]
             filled = [[sequences[i] for i in row] for row in rows]
             both.append(collate(filled, capacity, max(1, len(rows)), self.pad_id))
         return both[0] | {"data_labels": both[1]["labels"]}
-
-
-def documents_of(micro: Micro) -> list[Micro]:
-    """The documents of a packed micro-batch as {"input_ids", "labels", "data_labels"}, [n] each."""
-    found = []
-    for ids, labels, positions in zip(micro["input_ids"], micro["labels"], micro["position_ids"]):
-        starts = (positions == 0).nonzero()[:, 0]
-        lengths = torch.diff(starts, append=torch.tensor([len(ids)])).tolist()
-        found += [
-            {"input_ids": x, "labels": y, "data_labels": y}
-            for x, y in zip(ids.split(lengths), labels.split(lengths))
-            if (y != IGNORE).any()  # the rest is padding
-        ]
-    return found
 
 
 def prompt_of(document: Micro) -> list[int]:

@@ -18,43 +18,29 @@ import math
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from trainer.runtime.metrics import read_metrics, write_json
+from model.files import write_json
+from trainer.runtime.metrics import read_metrics
 
 
-class NoTracker:
-    """Takes what a tracker takes and does nothing: no tracker was chosen, or this rank does not
-    report.
+class Tracker:
+    """Passes on to the backend that `begin(first)` makes; use it in a `with`.
+
+    Failures of a backend that has begun cost a warning and never the training. backend: None once
+    it has failed or is closed, and if `begin` is None: then nothing is reported.
     """
+
+    def __init__(self, begin: Callable[[int], Any] | None, folder: Path, first: int):
+        self.begin, self.folder, self.backend = begin, folder, None
+        if begin:
+            self.start(first)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         self.close(failed=kind is not None)
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        """Report {name: number} after `step` updates; what is not a finite number is left out."""
-
-    def go_back(self, step: int) -> None:
-        """Take back what was reported about later steps than `step`, which the run repeats, as far
-        as the tracker allows.
-        """
-
-    def close(self, failed: bool = False) -> None:
-        """Send what is left, and say whether the run ended well."""
-
-
-class Tracker(NoTracker):
-    """Passes on to the backend that `begin(first)` makes, whose later failures cost a warning and
-    never the training.
-    """
-
-    def __init__(self, begin: Callable[[int], Any], folder: Path, first: int):
-        self.begin, self.folder = begin, folder
-        self.start(first)
 
     def start(self, first: int) -> None:
         self.backend = self.begin(first)
@@ -63,20 +49,22 @@ class Tracker(NoTracker):
                 self.log(row, row["step"])
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        numbers = {
-            name: value for name, value in numbers.items() if name != "step" and is_number(value)
-        }
-        if numbers and step >= self.backend.next_step:
+        """Report {name: number} after `step` updates; what is not a finite number is left out."""
+        numbers = {name: x for name, x in numbers.items() if name != "step" and is_number(x)}
+        if self.backend and numbers and step >= self.backend.next_step:
             self.attempt(self.backend.log, numbers, step)
 
     def go_back(self, step: int) -> None:
-        if not isinstance(self.backend, Silent):
+        """Take back later steps than `step`, as far as it can: the run repeats them."""
+        if self.backend:
             self.close()
             self.attempt(self.start, step)
 
     def close(self, failed: bool = False) -> None:
-        backend, self.backend = self.backend, Silent()
-        self.attempt(backend.close, failed)
+        """Send what is left, and say whether the run ended well."""
+        backend, self.backend = self.backend, None
+        if backend:
+            self.attempt(backend.close, failed)
 
     def attempt(self, action: Callable, *given: Any) -> None:
         try:
@@ -84,28 +72,17 @@ class Tracker(NoTracker):
         except Exception as error:  # of a foreign library, over a network: anything
             print(
                 f"warning: the tracker failed ({type(error).__name__}: {error}); training goes on "
-                "without it, "
-                "and metrics.jsonl has everything"
+                "without it, and metrics.jsonl has everything"
             )
-            self.backend = Silent()
-
-
-class Silent:
-    """What is left of a tracker that failed or was closed."""
-
-    next_step = math.inf
-
-    def close(self, failed: bool) -> None:
-        pass
+            self.backend = None
 
 
 class WandB:
-    """Weights & Biases. Numbers of one step become one row; what its server has of a step cannot be
-    replaced.
-    """
+    """Weights & Biases. Numbers of one step become one row, which its server does not replace."""
 
     def __init__(self, run_id: str, args: Any, folder: Path, config: dict, first: int):
-        wandb = load("wandb")
+        import wandb
+
         self.run = wandb.init(
             project=args.wandb_project,
             name=args.wandb_run_name or folder.name,
@@ -128,7 +105,8 @@ class SwanLab:
     """SwanLab, which itself leaves out the steps of a metric that it has."""
 
     def __init__(self, run_id: str, args: Any, folder: Path, config: dict, first: int):
-        swanlab = load("swanlab")
+        import swanlab
+
         self.next_step = 0
         self.run = swanlab.init(
             project=args.wandb_project,
@@ -147,12 +125,9 @@ class SwanLab:
 
 
 class TensorBoard:
-    """TensorBoard's event files, written through after every step: a killed process leaves them
-    whole.
-    """
+    """TensorBoard's event files, flushed after every step: a killed process leaves them whole."""
 
     def __init__(self, run_id: str, args: Any, folder: Path, config: dict, first: int):
-        load("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         folder = folder / "tensorboard" / run_id
@@ -180,9 +155,8 @@ OFFLINE = {
 }
 
 
-def open_tracker(args: Any, folder: str | Path, config: dict, *, first: int) -> NoTracker:
-    """The tracker of the run in `folder`, that args.tracker names ("none": one that does nothing);
-    use it in a `with`.
+def open_tracker(args: Any, folder: str | Path, config: dict, *, first: int) -> Tracker:
+    """The Tracker of the run in `folder` that args.tracker names ("none": it does nothing).
 
     args: tracker, use_wandb (the same as tracker "wandb"), wandb_project, wandb_run_name ("": the
     folder's). config: what the tracker should show of the run, a dict. first: updates done before
@@ -190,10 +164,9 @@ def open_tracker(args: Any, folder: str | Path, config: dict, *, first: int) -> 
     sent if the tracker lacks it; what the tracker has of later steps is replaced or left out.
     ImportError if the tracker's package is missing, ValueError if it cannot start.
     """
-    kind = "wandb" if args.use_wandb else args.tracker
+    kind, folder = "wandb" if args.use_wandb else args.tracker, Path(folder)
     if kind == "none":
-        return NoTracker()
-    folder = Path(folder)
+        return Tracker(None, folder, first)
     try:
         return Tracker(
             lambda first: BACKENDS[kind](run_id(folder, first), args, folder, config, first),
@@ -210,23 +183,11 @@ def open_tracker(args: Any, folder: str | Path, config: dict, *, first: int) -> 
 
 
 def run_id(folder: Path, first: int) -> str:
-    """The id in `folder`/tracker.json, a new one at the start of a run: 21 of 0-9 and a-f, which
-    all trackers accept.
-    """
+    """The id in `folder`/tracker.json, new at a run's start: 21 of 0-9a-f, as all trackers take."""
     path = folder / "tracker.json"
     if not (first and path.is_file()):
         write_json(path, {"id": uuid.uuid4().hex[:21]})
     return json.loads(path.read_text(encoding="utf-8"))["id"]
-
-
-def load(name: str) -> ModuleType:
-    """The package of a tracker; ImportError that says how to get it."""
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ImportError(
-            f"--tracker {name} needs a package that is not installed: python -m pip install {name}"
-        ) from error
 
 
 def is_number(value: object) -> bool:

@@ -22,7 +22,7 @@ class TrainArgs:
     """The flags of every training stage; a stage's own dataclass adds and overrides."""
 
     data_path: list[str] = arg(
-        [], "files of rows (.jsonl, .gz, .xz); FILE@0.4 takes that fraction of the rows", nargs="+"
+        [], "files of rows (.jsonl, .gz, .xz); FILE@0.4 takes that fraction of the rows"
     )
     save_dir: str = arg(
         str(ROOT / "out"), "folder that holds the folders of all runs", aliases=("out_dir",)
@@ -121,7 +121,7 @@ class TrainArgs:
         "stop", "a faulty row stops the run, or is counted and skipped", choices=["stop", "skip"]
     )
     val_path: list[str] = arg(
-        [], "validate on each of these files, instead of a fraction of the data", nargs="+"
+        [], "validate on each of these files, instead of a fraction of the data"
     )
     val_ratio: float = arg(
         0.01, "fraction of the documents held out for validation", aliases=("val_share",)

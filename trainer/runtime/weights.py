@@ -46,9 +46,7 @@ def load_network(
 def read_weight(
     name: str, args: Any, device: torch.device
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of an existing checkpoint: a run's name in args.save_dir, a folder, or a
-    .pth file.
-    """
+    """(model, tokenizer) of a checkpoint: a run's name in args.save_dir, a folder, a .pth file."""
     source = find_weight(name, args, device)
     folder = source if (source / "tokenizer.json").is_file() else ROOT / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -61,9 +59,8 @@ def read_weight(
             if shape_name(asked) != shape_name(model.config):
                 flags = " ".join(f"--{name}" for name in sorted(SHAPE_FLAGS & args.given))
                 raise ValueError(
-                    f"{source} is a {shape_name(model.config)}, but {flags} "
-                    f"ask for a {shape_name(asked)}: the checkpoint decides the shape, leave them "
-                    "out"
+                    f"{source} is a {shape_name(model.config)}, but {flags} ask for a "
+                    f"{shape_name(asked)}: the checkpoint decides the shape, leave them out"
                 )
     check_vocabulary(model, tokenizer, folder)
     return model, tokenizer
@@ -72,9 +69,7 @@ def read_weight(
 def check_vocabulary(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """ValueError unless every token id of `tokenizer` has a row of the embedding matrix and the
-    other way round.
-    """
+    """ValueError unless token ids and rows of the embedding matrix correspond one to one."""
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries, the network "
@@ -83,17 +78,14 @@ def check_vocabulary(
 
 
 def config_from_args(args: Any, device: torch.device, vocab_size: int) -> MiniMindConfig:
-    """MiniMindConfig of --preset with --hidden_size, --num_hidden_layers and --use_moe in place of
-    the preset's.
-    """
+    """MiniMindConfig of --preset, changed by --hidden_size, --num_hidden_layers and --use_moe."""
     preset = args.preset or ("minimind-3" if device.type == "cuda" else "tiny")
     changes = {"vocab_size": vocab_size}
     if args.num_hidden_layers:
         changes["num_hidden_layers"] = args.num_hidden_layers
     if args.hidden_size and args.hidden_size != PRESETS[preset]["hidden_size"]:
-        feed_forward = (
-            -(-args.hidden_size * 8 // (3 * 64)) * 64
-        )  # 8/3 of the width, in whole 64s, as Llama has it
+        # 8/3 of the width, in whole 64s, as Llama has it
+        feed_forward = -(-args.hidden_size * 8 // (3 * 64)) * 64
         changes |= {"hidden_size": args.hidden_size, "intermediate_size": feed_forward}
     if args.use_moe:
         twin = PRESETS["minimind-3-moe" if PRESETS[preset].get("qk_norm") else "minimind2-moe"]
@@ -110,9 +102,7 @@ def config_from_args(args: Any, device: torch.device, vocab_size: int) -> MiniMi
 
 
 def legacy_config(args: Any, device: torch.device, vocab_size: int) -> MiniMindConfig:
-    """The shape of a .pth file; what older files of this family had otherwise than our presets has
-    no trace in them.
-    """
+    """The shape of a .pth file: also what older ones had otherwise, of which they hold no trace."""
     config = config_from_args(args, device, vocab_size)
     if config.qk_norm:
         config.norm_topk_prob = True  # their top-1 weight is the constant 1
@@ -122,9 +112,7 @@ def legacy_config(args: Any, device: torch.device, vocab_size: int) -> MiniMindC
 
 
 def find_weight(name: str, args: Any, device: torch.device) -> Path:
-    """The folder or .pth file that a name stands for: a path, or a run in args.save_dir. ValueError
-    if there is none.
-    """
+    """The folder or .pth file of a name: a path or a run in args.save_dir. ValueError if none."""
     path, save_dir = Path(name), Path(args.save_dir)
     refuse_adapter(path)
     if path.suffix == ".pth" or path.is_absolute() or (path / "config.json").is_file():
@@ -141,8 +129,7 @@ def find_weight(name: str, args: Any, device: torch.device) -> Path:
     if found:
         raise ValueError(
             f"{name!r} fits {', '.join(run.name for run in found)} in {save_dir}: say which with "
-            "--preset, "
-            "or give the folder"
+            "--preset, or give the folder"
         )
     for run in runs:
         refuse_adapter(run)
@@ -153,9 +140,15 @@ def find_weight(name: str, args: Any, device: torch.device) -> Path:
     )
     raise ValueError(
         f"no weights are found as {name!r}: {save_dir} has no {wanted}, "
-        f"{'only ' if there else 'and no run at all'}"
-        f"{', '.join(there)}. Train that stage first, or give a checkpoint folder or .pth file"
+        f"{'only ' if there else 'and no run at all'}{', '.join(there)}. Train that stage first, "
+        "or give a checkpoint folder or .pth file"
     )
+
+
+def find_base(args: Any, device: torch.device) -> Path:
+    """The network of --from_weight, as an adapter names it: relative to the repository if in it."""
+    base = find_weight(args.from_weight, args, device).resolve()
+    return base.relative_to(ROOT) if base.is_relative_to(ROOT) else base
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -164,16 +157,13 @@ def refuse_adapter(folder: Path) -> None:
         base = read_adapter_config(folder).get("base_model_name_or_path") or "BASE"
         raise ValueError(
             f"{folder} is an adapter, a small change to a network, and not a network: give {base}, "
-            "and the adapter "
-            "as --adapter where there is that flag; or make one network of the two with "
-            f"python scripts/merge_lora.py --from_weight {base} --adapter {folder}"
+            "and the adapter as --adapter where there is that flag; or make one network of the two "
+            f"with python scripts/merge_lora.py --from_weight {base} --adapter {folder}"
         )
 
 
 def take_template(tokenizer: PreTrainedTokenizerBase, adapters: list[str]) -> None:
-    """Give a tokenizer that has no chat template that of an adapter's folder: an adapter may have
-    taught a network to chat.
-    """
+    """Give a tokenizer without chat template an adapter's: it may have taught a network to chat."""
     for path in (Path(folder) / "chat_template.jinja" for folder in adapters):
         if not tokenizer.chat_template and path.is_file():
             tokenizer.chat_template = path.read_text(encoding="utf-8")

@@ -14,10 +14,10 @@ import pytest
 
 from trainer.runtime.arguments import (
     ROOT,
-    aliases_of,
     arg,
     check_flags,
     command,
+    flags_of,
     parse_args,
     with_new_names,
 )
@@ -31,7 +31,7 @@ class Example:
     number: int = arg(3, "a number")
     maybe: float | None = arg(None, "perhaps a number")
     flag: bool = arg(False, "a switch")
-    names: list[str] = arg(["a"], "names", nargs="+")
+    names: list[str] = arg(["a"], "names")
 
 
 def test_types_defaults_and_what_was_given():
@@ -158,7 +158,7 @@ def test_help_shows_defaults_but_no_path_of_this_machine(capsys):
 @dataclass
 class Base:
     ratio: float = arg(0.5, "a ratio", aliases=("share", "fraction"))
-    names: list[str] = arg([], "names", nargs="+", aliases=("words",))
+    names: list[str] = arg([], "names", aliases=("words",))
     flag: bool = arg(False, "a switch", aliases=("switch",))
 
 
@@ -166,6 +166,7 @@ class Base:
 class Child(Base):
     ratio: float = arg(0.1, "its own default and help", aliases=("part",))
     fraction: int = arg(2, "a flag with the name of another one's alias")
+    flag: bool = True
 
 
 def test_a_flag_is_known_by_its_other_names():
@@ -181,12 +182,19 @@ def test_a_class_that_overrides_a_flag_inherits_its_other_names():
         assert parse_args(Child, [f"--{name}", "0.7"]).ratio == 0.7
     args = parse_args(Child, ["--fraction", "7"])
     assert (args.ratio, args.fraction) == (0.1, 7)
-    assert aliases_of(Child) == {
+    assert {name: flag["aliases"] for name, flag in flags_of(Child).items()} == {
         "ratio": ("share", "part"),
         "names": ("words",),
         "flag": ("switch",),
         "fraction": (),
     }
+
+
+def test_a_plain_value_overrides_the_default_alone(capsys):
+    assert parse_args(Child, []).flag and not parse_args(Child, ["--switch", "0"]).flag
+    with pytest.raises(SystemExit):
+        parse_args(Child, ["--help"])
+    assert "a switch (default: True)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [("ratio", "share"), ("share", "ratio"), ("share", "fraction")])
@@ -294,7 +302,7 @@ STAGES = (*OLD_NAMES, "tokenizer")
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_no_other_name_and_no_name_means_two_flags(stage, capsys):
     cls = args_class(stage)
-    aliases = [alias for names in aliases_of(cls).values() for alias in names]
+    aliases = [alias for flag in flags_of(cls).values() for alias in flag["aliases"]]
     assert len(set(aliases)) == len(aliases)
     with pytest.raises(SystemExit) as end:
         parse_args(cls, ["--help"])

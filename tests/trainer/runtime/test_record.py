@@ -125,14 +125,14 @@ def write_lines(path):
 def test_a_process_that_is_killed_while_it_takes_lines_back_loses_none(make, tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     write_lines(path)
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def killed(path, text, **options):
-        write_text(path, text[:10], **options)
+    def killed(path, content):
+        write_bytes(path, content[:10])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "write_text", killed)
+        patch.setattr(Path, "write_bytes", killed)
         make(first=2, targets=2)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
     make(first=2, targets=2)

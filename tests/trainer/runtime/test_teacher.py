@@ -15,10 +15,10 @@ from model.sampling import SamplingParams
 from tests.helpers.checkpoints import load_tokenizer, random_network
 from tests.helpers.networks import write_network
 from trainer.runtime.arguments import parse_args
+from trainer.runtime.data import documents_of
 from trainer.runtime.run import Run
 from trainer.runtime.teacher import (
     OnPolicyCompletions,
-    documents_of,
     load_teacher,
     prompt_of,
     tokenizer_differences,

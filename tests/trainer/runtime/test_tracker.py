@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from trainer.runtime.tracker import NoTracker, open_tracker
+from trainer.runtime.tracker import open_tracker
 
 BEFORE = [
     {"step": step, "loss": 9.0 - step, "seconds": step / 2} for step in range(1, 9)
@@ -250,7 +250,7 @@ def test_a_failing_tracker_costs_one_warning(tmp_path, fake_wandb, capsys):
     )
 
 
-def test_one_that_cannot_start_says_what_to_do(tmp_path, fake_wandb, monkeypatch):
+def test_one_that_cannot_start_says_what_to_do(tmp_path, fake_wandb):
     def refuse(**given):
         raise RuntimeError("no API\nkey.")
 
@@ -260,15 +260,9 @@ def test_one_that_cannot_start_says_what_to_do(tmp_path, fake_wandb, monkeypatch
         match=r"--tracker wandb could not start: no API key. Log in with .* WANDB_MODE=offline",
     ):
         open_tracker(settings(use_wandb=True), tmp_path, {}, first=0)
-    for name in ("wandb", "swanlab", "tensorboard"):
-        monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(
-            ImportError, match=f"--tracker {name} needs a package .* python -m pip install {name}"
-        ):
-            open_tracker(settings(tracker=name), tmp_path, {}, first=0)
 
 
 def test_no_tracker(tmp_path):
     with open_tracker(settings(), tmp_path, {}, first=0) as tracker:
         tracker.log({"loss": 1.0}, 1)
-    assert type(tracker) is NoTracker and not list(tmp_path.iterdir())
+    assert tracker.backend is None and not list(tmp_path.iterdir())
