@@ -7,6 +7,7 @@ data.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import asdict
@@ -18,17 +19,23 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from dataset.files.jsonl import find_shards, read_rows
+from dataset.files.jsonl import find_shards, iter_lines, parse_row
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import IGNORE, pack
 from dataset.pair_dataset import PairDataset
+from dataset.prompt_dataset import PromptDataset
 from dataset.token_dataset import BAD_ROWS, TokenDataset
 from model.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STAGES = {"pretrain": PretrainDataset, "sft": SFTDataset, "pairs": PairDataset}
+STAGES = {
+    "pretrain": PretrainDataset,
+    "sft": SFTDataset,
+    "pairs": PairDataset,
+    "prompts": PromptDataset,
+}
 
 
 def show_rows(
@@ -63,15 +70,52 @@ def padding_ratio(dataset: TokenDataset) -> float:
     return 1 - int(dataset.lengths.sum()) / (num_rows * dataset.max_seq_len)
 
 
-def _stage_of(path: str) -> str:
-    _, row = next(read_rows(find_shards(path)[0][0]))
-    return "sft" if "conversations" in row else "pairs" if "chosen" in row else "pretrain"
+def show_prompts(
+    dataset: PromptDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    out: TextIO | None = None,
+) -> None:
+    """Print the first `count` prompts as text with the keys that check their completions."""
+    for row, ids in zip(dataset.rows[:count], dataset.prompts):
+        print(f"--- prompt: {len(ids)} tokens", file=out)
+        print(tokenizer.decode(ids, skip_special_tokens=False), file=out)
+        others = {key: value for key, value in row.items() if key != "conversations"}
+        print(json.dumps(others, ensure_ascii=False), file=out)
+    print("---", file=out)
+    print(dataset.report, file=out)
+
+
+def stage_of(path: str, bad_rows: str) -> str:
+    """The stage that reads rows like the first one; ValueError if none does."""
+    file, _ = find_shards(path)[0]
+    for line_no, line in iter_lines(file):
+        try:
+            row = parse_row(line)
+        except ValueError as error:
+            if bad_rows == "skip":
+                continue
+            raise ValueError(f"{file}:{line_no}: {error}") from error
+        keys = row.keys()
+        if "text" in keys:
+            return "pretrain"
+        if "chosen" in keys:
+            return "pairs"
+        if "question" in keys or ("conversations" in keys and {"answer", "gt"} & keys):
+            return "prompts"
+        if "conversations" in keys:
+            return "sft"
+        raise ValueError(
+            f"{file}:{line_no}: no stage reads a row with the keys {', '.join(keys)}. Convert it: "
+            f"python dataset/prepare_data.py convert {file} --out rows.jsonl"
+        )
+    raise ValueError(f"{file}: no row can be read.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line of `dataset/lm_dataset.py`."""
     parser = argparse.ArgumentParser(
-        description="Show the sequences that a data file becomes in training."
+        allow_abbrev=False, description="Show the sequences that a data file becomes in training."
     )
     parser.add_argument(
         "--inspect", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.xz"
@@ -89,17 +133,20 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     try:
-        dataset = STAGES[args.stage or _stage_of(args.inspect)](
-            args.inspect,
-            tokenizer,
-            args.max_seq_len,
-            bad_rows=args.bad_rows,
-            cache_dir=args.cache_dir,
+        stage = args.stage or stage_of(args.inspect, args.bad_rows)
+        cache = {} if stage == "prompts" else {"cache_dir": args.cache_dir}
+        dataset = STAGES[stage](
+            args.inspect, tokenizer, args.max_seq_len, bad_rows=args.bad_rows, **cache
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    show_rows(dataset, tokenizer, args.rows)
-    if args.json:
+    if stage == "prompts":
+        show_prompts(dataset, tokenizer, args.rows)
+    else:
+        show_rows(dataset, tokenizer, args.rows)
+    if args.json and stage == "prompts":
+        write_json(args.json, {"prompts": len(dataset), "fingerprint": dataset.fingerprint})
+    elif args.json:
         metrics = asdict(dataset.report)
         metrics |= {"padding_ratio": padding_ratio(dataset), "fingerprint": dataset.fingerprint}
         write_json(args.json, metrics)

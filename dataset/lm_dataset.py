@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from dataset.chat.format import (
-    check_conversation,
-    encode_conversation,
-    normalize_conversation,
-    plain_encoder,
-)
+from dataset.chat.format import encode_conversation, normalize_conversation, plain_encoder
 from dataset.token_cache import Report
-from dataset.token_dataset import RowEncoder, TokenDataset, TokenSequence
+from dataset.token_dataset import RowEncoder, TokenDataset, TokenSequence, check_no_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +72,7 @@ class PretrainEncoder(RowEncoder):
             raise ValueError(f'"text" is of type {type(text).__name__}. Give a string.')
         if not text.strip():
             raise ValueError('"text" is empty. Leave the row out.')
+        self.note_special(text)
         # fast: without the characters' offsets
         tokens = self.plain.encode_batch_fast([text])[0].ids
         ids = np.array([self.end_token, *tokens, self.end_token], dtype=self.id_dtype)
@@ -90,6 +87,10 @@ class SFTEncoder(RowEncoder):
     `system_prompt_ratio` of the rows without a system message get one of a short list; in
     `empty_think_ratio` of those whose last answer has no reasoning, an empty think block stands
     before it. Both depend on (seed, row) alone.
+
+    The template leaves out the reasoning of all turns but the last (in the report: lost thoughts).
+    With keep_thoughts a row that has such becomes a sequence for each turn, with that turn's
+    reasoning, as the model meets it. last_turn_only: earlier answers are not learned.
     """
 
     def __init__(
@@ -100,11 +101,15 @@ class SFTEncoder(RowEncoder):
         system_prompt_ratio: float = 0.0,
         empty_think_ratio: float = 0.0,
         seed: int = 0,
+        keep_thoughts: bool = False,
+        last_turn_only: bool = False,
     ):
+        """Many arguments: all but the first three are the dataset's options, given by name."""
         _check_ratios(system_prompt_ratio=system_prompt_ratio, empty_think_ratio=empty_think_ratio)
         super().__init__(tokenizer, max_seq_len, bad_rows)
         self.system_prompt_ratio, self.empty_think_ratio = system_prompt_ratio, empty_think_ratio
         self.seed = seed
+        self.keep_thoughts, self.last_turn_only = keep_thoughts, last_turn_only
 
     def options(self) -> dict:
         return {
@@ -112,7 +117,13 @@ class SFTEncoder(RowEncoder):
             "empty_think_share": self.empty_think_ratio,
             "seed": self.seed,
             "prompts": SYSTEM_PROMPTS,
+            **self.turns(),
         }
+
+    def turns(self) -> dict:
+        """The options about turns, if they are set: older caches do not name them."""
+        both = {"keep_thoughts": self.keep_thoughts, "last_turn_only": self.last_turn_only}
+        return {name: True for name, value in both.items() if value}
 
     def encode_row(
         self, row: dict, where: str, draw_key: int, report: Report
@@ -120,22 +131,41 @@ class SFTEncoder(RowEncoder):
         if "conversations" not in row:
             raise ValueError(
                 f'no "conversations" among the keys {list(row)}. An SFT row is {{"conversations": '
-                '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.'
+                '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
+                "`python dataset/prepare_data.py convert` makes it of other formats."
             )
-        check_conversation(row["conversations"])
-        input_ids, is_target = encode_conversation(
-            self.tokenizer, self.augment(row["conversations"], draw_key)
-        )
-        cut = len(input_ids) > self.max_seq_len
-        input_ids = np.array(input_ids[: self.max_seq_len], dtype=self.id_dtype)
-        is_target = np.array(is_target[: self.max_seq_len])
-        is_target[0] = False
-        if not is_target.any():
+        check_no_tools(row)
+        messages = self.augment(self.read(row["conversations"]), draw_key)
+        conversations = self.conversations(messages)
+        if len(conversations) == 1 and any(map(_thinks, messages[: _last_question(messages)])):
+            self.notes["lost_thoughts"] = ""
+        sequences, cut = [], False
+        for conversation in conversations:
+            input_ids, is_target = encode_conversation(self.tokenizer, conversation)
+            cut |= len(input_ids) > self.max_seq_len
+            input_ids = np.array(input_ids[: self.max_seq_len], dtype=self.id_dtype)
+            is_target = np.array(is_target[: self.max_seq_len])
+            is_target[0] = False
+            if is_target.any():
+                sequences.append((input_ids, is_target))
+        if not sequences:
             report.note("no_target", where)
-            return []
-        if cut:
+        elif cut:
             report.note("cut", where)
-        return [(input_ids, is_target)]
+        return sequences
+
+    def conversations(self, messages: list[dict]) -> list[list[dict]]:
+        """The conversations to encode of one row: one, or with keep_thoughts one for each turn."""
+        last = _last_question(messages)
+        if self.last_turn_only:
+            return [[*map(_untrained, messages[:last]), *messages[last:]]]
+        if not self.keep_thoughts or not any(map(_thinks, messages[:last])):
+            return [messages]
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        return [
+            [*map(_untrained, messages[:start]), *messages[start:end]]
+            for start, end in pairwise([*questions, len(messages)])
+        ]
 
     def augment(self, messages: list[dict], draw_key: int) -> list[dict]:
         """Return the messages, some with a system prompt or an empty think block put in."""
@@ -177,9 +207,18 @@ class ReasonEncoder(SFTEncoder):
         direct_ratio: float = 0.0,
         empty_think_ratio: float = 1.0,
         seed: int = 0,
+        **turns: bool,
     ):
+        """Many arguments: all but the first three are the dataset's options, given by name."""
         _check_ratios(direct_ratio=direct_ratio)
-        super().__init__(tokenizer, max_seq_len, bad_rows, 0.0, empty_think_ratio, seed)
+        super().__init__(
+            tokenizer,
+            max_seq_len,
+            bad_rows,
+            empty_think_ratio=empty_think_ratio,
+            seed=seed,
+            **turns,
+        )
         self.direct_ratio = direct_ratio
 
     def options(self) -> dict:
@@ -187,6 +226,7 @@ class ReasonEncoder(SFTEncoder):
             "direct_share": self.direct_ratio,
             "empty_think_share": self.empty_think_ratio,
             "seed": self.seed,
+            **self.turns(),
         }
 
     def augment(self, messages: list[dict], draw_key: int) -> list[dict]:
@@ -212,6 +252,18 @@ def _check_ratios(**ratios: float) -> None:
 def _last_answer(messages: list[dict]) -> int | None:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return answers[-1] if answers else None
+
+
+def _last_question(messages: list[dict]) -> int:
+    return max((i for i, one in enumerate(messages) if one["role"] == "user"), default=0)
+
+
+def _untrained(message: dict) -> dict:
+    return {**message, "train": False} if message["role"] == "assistant" else message
+
+
+def _thinks(message: dict) -> bool:
+    return bool((message.get("reasoning_content") or "").strip())
 
 
 def _has_reasoning(message: dict) -> bool:

@@ -262,7 +262,7 @@ def keyword_questions(path: str | Path) -> list[Question]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: --out_dir, --name, --maker, --json."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--out_dir",
         default=ROOT / "dataset" / "lora_examples",

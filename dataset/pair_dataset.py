@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dataset.chat.format import check_conversation, encode_conversation
+from dataset.chat.format import encode_conversation
 from dataset.files.hashes import fingerprint, hash64
 from dataset.packing import IGNORE, PackedBatches, collate, pack
 from dataset.token_cache import EncodedBlock, Report
@@ -82,7 +82,9 @@ class PairEncoder(RowEncoder):
             codes.append(2 * side.branch + is_scored)
         if kept != lengths:
             no_target = any(not (answer & 1).any() for answer in codes[1:])
-            if self.whole or no_target or input_ids[1:-1] == input_ids[2:]:
+            shortest = min(kept)
+            is_same = len(sides) == 2 and input_ids[1][:shortest] == input_ids[2][:shortest]
+            if self.whole or no_target or is_same:
                 report.note("too_long", where)
                 return []
             report.note("cut", where)
@@ -97,12 +99,13 @@ class PairEncoder(RowEncoder):
                 '[messages], "rejected": [messages]}; `dataset/prepare_data.py convert` makes it '
                 "of other formats."
             )
+        sides = {}
         for name in ("chosen", "rejected"):
             try:
-                check_conversation(row[name])
+                sides[name] = self.read(row[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        chosen, rejected = row["chosen"], row["rejected"]
+        chosen, rejected = sides.values()
         if chosen == rejected:
             raise ValueError("chosen and rejected are the same. Leave the row out.")
         shared = 0
@@ -133,8 +136,7 @@ class PairEncoder(RowEncoder):
                 f'"label" is {row["label"]!r}. Give true if the answer is wanted, false if it is '
                 "not."
             )
-        messages = row.get("conversations")
-        check_conversation(messages)
+        messages = self.read(row.get("conversations"))
         after_user = max(
             (i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0
         )

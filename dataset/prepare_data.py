@@ -214,11 +214,16 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Run one of the commands; a user's mistake ends it with one line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (cls, _) in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=cls.__doc__, description=cls.__doc__), cls)
+        command = commands.add_parser(
+            name, help=cls.__doc__, description=cls.__doc__, allow_abbrev=False
+        )
+        add_flags(command, cls)
     given = vars(parser.parse_args(argv))
     cls, run = COMMANDS[given.pop("command")]
     try:

@@ -3,7 +3,8 @@ check its completion.
 
 A row is {"conversations": [..., {"role": "user", ...}], "answer": "42"} or with "gt": [...]; other
 keys stay in the row, for the rewards. Tools stand on the system message. {"question": "...",
-"answer": "42"} is a conversation of one message.
+"answer": "42"} is a conversation of one message. A last message of the assistant, in some public
+files a placeholder, is left out: the model writes it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dataset.chat.format import check_conversation, encode_prompt
+from dataset.chat.spellings import read_messages
 from dataset.files.hashes import fingerprint
 from dataset.files.jsonl import find_shards, in_fraction, iter_lines, parse_row
+from dataset.token_dataset import check_no_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,15 +50,14 @@ class PromptDataset:
         check: Callable[[dict], None] = lambda row: None,
     ):
         self.rows, self.prompts, self.max_prompt_len = [], [], max_prompt_len
-        num_read, left_out = 0, {"skipped": [], "too long": []}
+        num_read, num_answered, left_out = 0, 0, {"skipped": [], "too long": []}
         for path, fraction in find_shards(data_path):
             for line_no, line in iter_lines(path):
                 if not in_fraction(line_no, fraction):
                     continue
                 num_read, where = num_read + 1, f"{path}:{line_no}"
                 try:
-                    row = with_conversation(parse_row(line))
-                    check_prompt_row(row)
+                    row, is_answered = prompt_row(parse_row(line))
                     check(row)
                 except ValueError as error:
                     if bad_rows == "stop":
@@ -67,12 +69,15 @@ class PromptDataset:
                 if len(ids) > max_prompt_len:
                     left_out["too long"].append(where)
                     continue
+                num_answered += is_answered
                 self.rows.append(row)
                 self.prompts.append(ids)
         self.report = (
             f"rows: {num_read:,} read, {len(self.rows):,} used, {len(left_out['skipped']):,} "
             f"skipped, {len(left_out['too long']):,} with a prompt above {max_prompt_len} tokens"
         )
+        if num_answered:
+            self.report += f"\nwithout their last answer, which the model writes: {num_answered:,}"
         for kind, places in left_out.items():
             if places:
                 more = f"; and {len(places) - 3:,} more" if len(places) > 3 else ""
@@ -114,28 +119,27 @@ class PromptDataset:
         return view
 
 
-def with_conversation(row: dict) -> dict:
-    """The row; a bare question becomes a conversation of one message."""
-    if "conversations" in row or not isinstance(row.get("question"), str):
-        return row
-    return {"conversations": [{"role": "user", "content": row["question"]}], **row}
+def prompt_row(row: dict) -> tuple[dict, bool]:
+    """(the row with its conversation up to where the model writes, whether it had a last answer).
 
-
-def check_prompt_row(row: dict) -> None:
-    """ValueError "what is wrong. fix" unless the assistant can continue the conversation."""
+    ValueError "what is wrong. fix" unless the assistant can continue the conversation.
+    """
+    if "conversations" not in row and isinstance(row.get("question"), str):
+        row = {"conversations": [{"role": "user", "content": row["question"]}], **row}
     if "conversations" not in row:
         raise ValueError(
             f'no "conversations" and no "question" among the keys {list(row)}. A row is '
             '{"question": "...", "answer": "..."} or {"conversations": [{"role": "user", '
             '"content": "..."}], "answer": "..."}.'
         )
-    check_conversation(row["conversations"])
-    last = row["conversations"][-1]["role"]
-    if last not in ("user", "tool"):
-        raise ValueError(
-            f"the last message is of role {last}. End with the user's question: the model writes "
-            "the answer."
-        )
+    check_no_tools(row)
+    messages = read_messages(row["conversations"])
+    check_conversation(messages)
+    is_answered = messages[-1]["role"] == "assistant"
+    messages = messages[:-1] if is_answered else messages
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError("no question at the end. End with one of the user.")
+    return {**row, "conversations": messages}, is_answered
 
 
 class PromptSteps:

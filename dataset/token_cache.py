@@ -21,6 +21,11 @@ from dataset.files.outputs import locked, whole_folder
 
 BUILDING = "building the token cache"
 NAMED = 5  # rows that a report names of each kind
+LABELS = {  # of the rows that a report names
+    "respelled": "tool calls, reasoning or weights read from another spelling",
+    "special": "special tokens spelled in a text, learned as text",
+    "lost_thoughts": "reasoning of earlier turns, which the chat template leaves out",
+}
 DATA = "data-00000-of-00001.arrow"
 
 
@@ -34,6 +39,9 @@ class Report:
     rows_skipped: int = 0  # faulty, with bad_rows="skip"
     rows_no_target: int = 0  # left out: nothing to train on within max_seq_len
     rows_too_long: int = 0  # left out: a pair of which too little is within max_seq_len
+    rows_respelled: int = 0  # used, with tool calls, reasoning or weights read from other spellings
+    rows_special: int = 0  # used, with texts that spell special tokens, ours or others'
+    rows_lost_thoughts: int = 0  # used, without the reasoning of earlier turns
     sequences: int = 0
     tokens: int = 0
     targets: int = 0
@@ -65,7 +73,7 @@ class Report:
         for kind, names in self.named.items():
             more = getattr(self, f"rows_{kind}") - len(names)
             named = "; ".join(names) + (f"; and {more:,} more" if more else "")
-            lines.append(f"{kind.replace('_', ' ')}: {named}")
+            lines.append(f"{LABELS.get(kind, kind.replace('_', ' '))}: {named}")
         return "\n".join(lines)
 
 

@@ -7,14 +7,17 @@ and pair_dataset.py have those of the stages.
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataset.chat.format import check_conversation, normalize_conversation
+from dataset.chat.spellings import read_messages
 from dataset.files.hashes import fingerprint, hash64, remembered_sha256, scramble, tokenizer_sha256
 from dataset.files.jsonl import find_shards, in_fraction, iter_lines, parse_row
 from dataset.files.outputs import locked, why_unwritable
@@ -26,7 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # raise it when the same row gives other sequences than before: old caches are then left alone
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+SAME_VERSION = 2  # whose sequences are the same, unless rows are respelled: its runs resume
+# of our tokenizer and of those that public data is formatted for
+SPECIAL = re.compile(
+    r"<\|\w+\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<functioncall>"
+    r"|</?(?:tool_call|tool_response|think|thinking|reasoning)>"
+)
 BLOCK_ROWS, BLOCK_CHARS = 1000, 1_000_000  # a block is full when either is reached
 BAD_ROWS = ("stop", "skip")
 DEFAULT_CACHE = Path(__file__).with_name("cache")
@@ -44,6 +53,24 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     added = set(tokenizer.get_added_vocab().values())
     spellings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return np.array([0 if i in added else len(spelling) for i, spelling in enumerate(spellings)])
+
+
+def is_empty_answer(message: dict) -> bool:
+    """Whether an assistant's message that is trained on says nothing at all."""
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        return False
+    said = (message.get("content") or "") + (message.get("reasoning_content") or "")
+    return message.get("train", True) and not said.strip()
+
+
+def check_no_tools(row: dict) -> None:
+    """ValueError if a row has tools or a system prompt next to its conversation."""
+    for key in ("tools", "system"):
+        if row.get(key):
+            raise ValueError(
+                f'"{key}" next to the conversation. `python dataset/prepare_data.py convert` puts '
+                "it on the system message."
+            )
 
 
 class RowEncoder(ABC):
@@ -64,6 +91,7 @@ class RowEncoder(ABC):
         self.tokenizer, self.max_seq_len, self.bad_rows = tokenizer, max_seq_len, bad_rows
         self.id_dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
         self.byte_lengths = token_byte_lengths(tokenizer)
+        self.notes: dict[str, str] = {}  # about the row in work: {kind: what}
 
     def options(self) -> dict:
         """The encoder's own options, for the fingerprint: a renamed key orphans caches and runs."""
@@ -79,19 +107,44 @@ class RowEncoder(ABC):
         `draw_key` is a hash of the row's text, for random draws: file and line do not matter.
         """
 
+    def read(self, messages: Any) -> list[dict]:
+        """A row's messages in our form (see dataset/chat/spellings.py), with notes for the report.
+
+        ValueError "what is wrong. fix".
+        """
+        found = read_messages(messages)
+        check_conversation(found)
+        for i, message in enumerate(found):
+            if is_empty_answer(message):
+                raise ValueError(f"message {i}: the answer is empty. Fill it, or leave it out.")
+        if found != messages and normalize_conversation(found) != normalize_conversation(messages):
+            self.notes["respelled"] = ""
+        texts = (message.get(key) for message in found for key in ("content", "reasoning_content"))
+        self.note_special("\n".join(filter(None, texts)))
+        return found
+
+    def note_special(self, text: str) -> None:
+        """Note a text that spells special tokens: its data may be formatted already."""
+        if match := SPECIAL.search(text):
+            self.notes["special"] = f" ({match[0]})"
+
     def __call__(self, block: LineBlock) -> EncodedBlock:
         report, sequences, documents = Report(), [], []
         for line_no, line in block.lines:
-            where, line_hash = f"{block.path}:{line_no}", hash64(line.encode())
+            where = f"{block.path}:{line_no}"
             report.rows_read += 1
+            self.notes = {}
             try:
-                found = self.encode_row(parse_row(line), where, line_hash, report)
+                row, line_hash = parse_row(line), hash64(line.encode())
+                found = self.encode_row(row, where, line_hash, report)
             except ValueError as error:
                 if self.bad_rows == "stop":
                     raise ValueError(f"{where}: {error}") from error
                 report.note("skipped", f"{where} ({str(error).split('. ')[0]})")
                 continue
             report.rows_used += bool(found)
+            for kind, what in self.notes.items():
+                report.note(kind, where + what)
             sequences += found
             documents += [line_hash] * len(found)
         return self.gather(sequences, documents, report)
@@ -141,8 +194,8 @@ class TokenDataset:
         self.max_seq_len = max_seq_len
         sources, cache_dir = find_shards(data_path), Path(cache_dir or DEFAULT_CACHE)
         problem = why_unwritable(cache_dir)  # of no concern where all is cached
-        names = _cache_names(encoder, sources, None if problem else cache_dir / "file_hashes")
-        self.fingerprint = fingerprint(caches=names)
+        memory = None if problem else cache_dir / "file_hashes"
+        names = _cache_names(encoder, sources, memory, FORMAT_VERSION)
         folders = [cache_dir / name for name in names]
         is_cached = all(map(Path.exists, folders))
         if problem and not is_cached:
@@ -150,12 +203,16 @@ class TokenDataset:
                 f"no place for the token cache: {problem}. Choose another --cache_dir than "
                 f"{cache_dir}."
             )
-        one_builds = nullcontext() if is_cached else locked(cache_dir / self.fingerprint, BUILDING)
+        lock = cache_dir / fingerprint(caches=names)
+        one_builds = nullcontext() if is_cached else locked(lock, BUILDING)
         with one_builds, WorkerPool(encoder, num_proc) as pool:
             for folder, source in zip(folders, sources, strict=True):
                 _open_or_encode(folder, pool, *source)
         self.table = TokenTable(*folders)
         self.report, self.lengths = self.table.report, self.table.lengths
+        if not self.report.rows_respelled:
+            names = _cache_names(encoder, sources, memory, SAME_VERSION)
+        self.fingerprint = fingerprint(caches=names)
         if not len(self.table):
             raise ValueError(
                 f"no sequence to train on.\n{self.report}\nGive data with targets, or a larger "
@@ -212,10 +269,10 @@ class TokenDataset:
 
 
 def _cache_names(
-    encoder: RowEncoder, sources: list[tuple[str, float]], memory: Path | None
+    encoder: RowEncoder, sources: list[tuple[str, float]], memory: Path | None, version: int
 ) -> list[str]:
     common = dict(
-        format=FORMAT_VERSION,
+        format=version,
         encoder=type(encoder).__name__,
         max_seq_len=encoder.max_seq_len,
         tokenizer=tokenizer_sha256(encoder.tokenizer),

@@ -99,7 +99,7 @@ def write_world(level: str, out_dir: str | Path, seed: int = 0) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: --level, --out_dir, --seed, --json."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--level", choices=LEVELS, default="mini")
     parser.add_argument("--out_dir", help="default: dataset/toy_<level> of the repository")
     parser.add_argument("--seed", type=int, default=0)

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the benchmark that the first argument names, with the flags after it."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s benchmark [--flag value ...]",

@@ -37,11 +37,11 @@ from trainer.runtime.arguments import (
     command,
     parse_args,
 )
-from trainer.runtime.train_args import TrainArgs, deepspeed_stage
+from trainer.runtime.train_args import ConversationArgs, deepspeed_stage
 
 
 @dataclass
-class DistillationArgs(TrainArgs):
+class DistillationArgs(ConversationArgs):
     data_path: list[str] = arg(
         [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
@@ -92,10 +92,10 @@ class DistillationArgs(TrainArgs):
     )
     chunk_size: int = arg(1024, "target positions whose logits are in memory at a time")
 
-    FREE = (*TrainArgs.FREE, "chunk_size")
+    FREE = (*ConversationArgs.FREE, "chunk_size")
 
     def check(self) -> None:
-        """TrainArgs.check; the ranges of this stage's flags, and those without effect."""
+        """ConversationArgs.check; the ranges of this stage's flags, and those without effect."""
         super().check()
         shape = ("teacher_hidden_size", "teacher_num_hidden_layers")
         check_positive(self, "temperature", "max_completion_length", "chunk_size", *shape)
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher = load_teacher(args, tokenizer, run.device)
         teacher_name = run.ranks.from_main(lambda: network_sha256(teacher))
         train_set, val_sets = open_datasets(
-            run, tokenizer, SFTDataset, ["sft_train.jsonl"], seed=args.seed
+            run, tokenizer, SFTDataset, ["sft_train.jsonl"], seed=args.seed, **args.turns()
         )
         optimizer = build_optimizer(model, args)
         batches = training_batches(run, train_set, tokenizer.pad_token_id)

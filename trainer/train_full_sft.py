@@ -26,11 +26,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.runtime.arguments import arg, check_flags, check_ratio, command, parse_args
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.train_args import ConversationArgs
 
 
 @dataclass
-class SFTArgs(TrainArgs):
+class SFTArgs(ConversationArgs):
     data_path: list[str] = arg(
         [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
@@ -49,7 +49,7 @@ class SFTArgs(TrainArgs):
     )
 
     def check(self) -> None:
-        """TrainArgs.check, and the two ratios."""
+        """ConversationArgs.check, and the two ratios."""
         super().check()
         check_ratio(self, "system_prompt_ratio", "empty_think_ratio")
 
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             system_prompt_ratio=args.system_prompt_ratio,
             empty_think_ratio=args.empty_think_ratio,
+            **args.turns(),
         )
         optimizer = build_optimizer(model, args)
         batches = training_batches(run, train_set, tokenizer.pad_token_id)

@@ -32,14 +32,14 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.runtime.arguments import arg, check_flags, command, parse_args
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.train_args import ConversationArgs
 
 if TYPE_CHECKING:
     from model.model_lora import LoRASettings
 
 
 @dataclass
-class LoRAArgs(TrainArgs):
+class LoRAArgs(ConversationArgs):
     data_path: list[str] = arg(
         [],
         "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world's, "
@@ -71,7 +71,7 @@ class LoRAArgs(TrainArgs):
     weight_decay: float = arg(0.0, "decay of the matrices, towards the network as it was")
 
     def check(self) -> None:
-        """TrainArgs.check, a network to begin with, and the checks of `LoRASettings`."""
+        """ConversationArgs.check, a network to begin with, and the checks of `LoRASettings`."""
         super().check()
         if self.from_weight == "none":
             raise ValueError("--from_weight none: an adapter changes a trained network; name one")
@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = load_model(run)
         # few new rows, seen often, among more old ones, seen seldom: else the old skills are lost
         toy_files = 6 * ["lora_train.jsonl"] + ["sft_train.jsonl@0.5"]
-        train_set, val_sets = open_datasets(run, tokenizer, SFTDataset, toy_files, seed=args.seed)
+        train_set, val_sets = open_datasets(
+            run, tokenizer, SFTDataset, toy_files, seed=args.seed, **args.turns()
+        )
         settings = args.settings()
         add_adapter(model, settings)  # from here on all other weights are frozen
         optimizer = build_optimizer(model, args)

@@ -41,11 +41,11 @@ from trainer.runtime.arguments import (
     command,
     parse_args,
 )
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.train_args import ConversationArgs
 
 
 @dataclass
-class ReasonArgs(TrainArgs):
+class ReasonArgs(ConversationArgs):
     data_path: list[str] = arg(
         [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
     )
@@ -73,7 +73,7 @@ class ReasonArgs(TrainArgs):
     format_tokens: int = arg(256, "longest of these completions, in tokens")
 
     def check(self) -> None:
-        """TrainArgs.check, and the stage's own flags."""
+        """ConversationArgs.check, and the stage's own flags."""
         super().check()
         check_positive(self, "think_token_weight", "format_tokens")
         check_not_negative(self, "format_prompts")
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             direct_ratio=args.direct_ratio,
             empty_think_ratio=args.empty_think_ratio,
+            **args.turns(),
         )
         prompts = bare_prompts(list(val_sets.values()), tokenizer, args.format_prompts)
         optimizer = build_optimizer(model, args)

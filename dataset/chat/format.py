@@ -38,9 +38,9 @@ def encode_conversation(
     """Encode a whole conversation; `options` are the template's.
 
     Returns (input_ids, is_target), both [T]; is_target marks the template's generation spans: the
-    assistant's reasoning, content, calls and `<|im_end|>`. A span is tokenized by itself, so that
-    its ids follow the ids of `encode_prompt` exactly. ValueError where `check_conversation` finds a
-    fault.
+    assistant's reasoning, content, calls and `<|im_end|>`, but for messages with "train": False. A
+    span is tokenized by itself, so that its ids follow the ids of `encode_prompt` exactly.
+    ValueError where `check_conversation` finds a fault.
     """
     from transformers.utils.chat_template_utils import render_jinja_template  # heavy
 
@@ -78,8 +78,12 @@ def encode_conversation(
 
     text, position = rendered[0], 0
     input_ids, is_target = [], []
-    for start, end in [*spans[0], (len(text), len(text))]:
-        for piece, trained in ((text[position:start], False), (text[start:end], True)):
+    answers = (message for message in messages if message["role"] == "assistant")
+    wanted = [message.get("train", True) for message in answers]  # one span each
+    for (start, end), is_wanted in zip(
+        [*spans[0], (len(text), len(text))], [*wanted, False], strict=True
+    ):
+        for piece, trained in ((text[position:start], False), (text[start:end], is_wanted)):
             ids = encode(piece)
             input_ids += ids
             is_target += [trained] * len(ids)
@@ -122,6 +126,11 @@ def check_conversation(messages: Any, tools: Any = None) -> None:
 
 def _check_message(i: int, message: dict) -> None:
     role, content = message.get("role"), message.get("content")
+    if "from" in message and role is None:
+        raise ValueError(
+            f'message {i} has "from" and "value". Convert the file: '
+            "python dataset/prepare_data.py convert FILE --out rows.jsonl"
+        )
     if role not in ROLES:
         raise ValueError(f"message {i} has role {role!r}. Use one of {', '.join(ROLES)}.")
     calls = _json_list(message.get("tool_calls"), f"message {i}: tool_calls")
@@ -146,6 +155,8 @@ def _check_message(i: int, message: dict) -> None:
         raise ValueError(
             f"message {i} ({role}) has content of type {type(content).__name__}. Give a string."
         )
+    if not isinstance(message.get("train", True), bool):
+        raise ValueError(f"message {i}: train is {message['train']!r}. Give true or false.")
     if not isinstance(message.get("reasoning_content"), str | None):
         raise ValueError(
             f"message {i}: reasoning_content is no string. Give a string, or leave it out."

@@ -8,17 +8,19 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+FOREIGN_BYTES = "surrogateescape"  # byte 0xff becomes U+DCFF, which no UTF-8 text can hold
 
 
 def iter_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) of every line that is not blank.
 
     Only "\\n" ends a line: U+2028, U+0085 and other characters that str.splitlines() cuts at are
-    ordinary text. ValueError: no such file, unknown ending, damaged archive, bytes that are not
-    UTF-8, or not a single row.
+    ordinary text. Bytes that are not UTF-8 are kept as lone surrogates, for `parse_row` to refuse.
+    ValueError: no such file, unknown ending, damaged archive, or not a single row.
     """
     path = Path(path)
     _check_file(path)
@@ -37,8 +39,14 @@ def _check_file(path: Path) -> None:
     check_exists(path)
     if path.suffix not in OPENERS:
         raise ValueError(
-            f"{path}: unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz."
+            f"{path}: unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz; "
+            f"make one: python dataset/prepare_data.py convert {path} --out rows.jsonl"
         )
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked if it ends in .gz or .xz."""
+    return OPENERS.get(path.suffix, open)(path, "rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -52,17 +60,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line with its end); ValueError: not UTF-8, damaged archive."""
+    """Yield (line number from 1, line with its end); other bytes than UTF-8 as lone surrogates.
+
+    ValueError: damaged archive.
+    """
     line_no = 0
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+        with open_binary(path) as file:
             # a binary file is cut at b"\n" and nowhere else
             for line_no, raw in enumerate(file, start=1):
-                yield line_no, raw.decode("utf-8-sig" if line_no == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{line_no}: not UTF-8 ({error.reason}). Convert the file to UTF-8."
-        ) from error
+                yield line_no, raw.decode("utf-8-sig" if line_no == 1 else "utf-8", FOREIGN_BYTES)
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
             f"{path}:{line_no + 1}: damaged archive ({error}). Fetch or compress it again."
@@ -70,9 +77,13 @@ def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_row(line: str) -> dict:
-    """Return the JSON object in one line; ValueError "what is wrong. fix" without the place."""
+    """Return the JSON object in one line, NaN and infinities as null.
+
+    ValueError "what is wrong. fix" without the place.
+    """
+    check_utf8(line)
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda name: None)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"not JSON ({error.msg}, column {error.colno}). Put one JSON object on each line."
@@ -80,25 +91,40 @@ def parse_row(line: str) -> dict:
     except RecursionError as error:
         raise ValueError("lists or objects nested too deeply. Leave the row out.") from error
     if not isinstance(row, dict):
-        raise ValueError(
-            f"a {type(row).__name__}, not an object. Each line must be a JSON object in braces."
-        )
+        fix = "Each line must be a JSON object in braces."
+        if isinstance(row, list):
+            fix = "`python dataset/prepare_data.py convert` makes lines of its objects."
+        raise ValueError(f"a {type(row).__name__}, not an object. {fix}")
     if "\\ud" in line or "\\uD" in line:
         dump_row(row)
     return row
+
+
+def check_utf8(text: str) -> None:
+    """ValueError if UTF-8 cannot hold a text: a byte kept by `utf8_lines`, or half a pair."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        if 0x80 <= byte <= 0xFF:
+            raise ValueError(
+                f"not UTF-8 (byte 0x{byte:02x}, column {error.start + 1}). Repair the line, or "
+                "convert the file to UTF-8."
+            ) from error
+        raise ValueError(  # legal in JSON's escapes
+            "half of a surrogate pair (\\ud800-\\udfff). Remove or repair that character."
+        ) from error
 
 
 def dump_row(row: dict) -> str:
     """Return a row as a line of JSON, with its end; ValueError if part of it cannot be written."""
     try:
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        line.encode("utf-8")
-    except UnicodeEncodeError as error:  # legal in JSON's escapes, but UTF-8 cannot hold it
-        raise ValueError(
-            "half of a surrogate pair (\\ud800-\\udfff). Remove or repair that character."
-        ) from error
     except TypeError as error:
         raise ValueError(f"{error}. Give text, numbers, lists and objects.") from error
+    check_utf8(line)
     return line
 
 

@@ -9,10 +9,11 @@
                 tools, as OpenAI has it
     preference  {"prompt", "chosen", "rejected"}: answers as strings or messages; or the answers
                 next to "conversations"
+    glaive      {"system", "chat"} or {"sample"}: a whole conversation in one text
     text        {"text"} or {"content"}
 
-From .jsonl (.gz, .xz), .json (one list), .parquet, .csv, .tsv and .txt. A row's format is seen from
-its keys.
+From .jsonl, .json, .parquet, .csv, .tsv and .txt, packed too (.gz, .xz). A row's format is seen
+from its keys. Tool calls and reasoning inside texts are read as dataset/chat/spellings.py says.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from itertools import takewhile
 from pathlib import Path
 
 from dataset.chat.format import check_conversation
+from dataset.chat.spellings import REASONING, WEIGHTS, read_messages
 from dataset.files.jsonl import dump_row, parse_row
 from dataset.files.outputs import check_outputs, whole_file
 from dataset.prepare.cleaning import VERIFIED
 from dataset.prepare.foreign_files import SPLITS, read_any
+from dataset.prepare.glaive import from_glaive
 
 PROMPTS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("input", "context")  # of a prompt: stands below it
 RESPONSES = ("output", "response", "answer", "completion", "target")
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
-REASONING = ("reasoning_content", "reasoning", "thinking")
 MESSAGES = ("conversations", "messages")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 ROLES = {
@@ -43,6 +45,8 @@ ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response"),
     "function_call": ("function_call", "tool_call"),
 }
+MESSAGE_KEYS = {"from", "value", "role", "content", "tool_calls", "function_call", "tools"}
+MESSAGE_KEYS |= {*REASONING, *WEIGHTS}
 ROLES = {theirs: ours for ours, names in ROLES.items() for theirs in names}
 NAMED = 5
 
@@ -60,7 +64,8 @@ def convert_row(row: dict, format: str = "auto") -> dict:
     converted = FORMATS[format](row)
     for key, messages in converted.items():
         if key != "text":
-            check_conversation(messages)
+            converted[key] = [_with_json_calls(one) for one in read_messages(messages)]
+            check_conversation(converted[key])
     if "conversations" in converted:
         if format != "alpaca":  # where "answer" is the response
             converted |= {key: row[key] for key in VERIFIED if row.get(key) is not None}
@@ -73,7 +78,7 @@ def convert_row(row: dict, format: str = "auto") -> dict:
 
 
 def unused_keys(row: dict, format: str) -> list[str]:
-    """Return the keys with a value that a row's conversion leaves out."""
+    """Return the keys with a value that a row's conversion leaves out, of its messages too."""
     common = {*SYSTEMS, *TOOLS, _first(row, MESSAGES)}
     prompt = {_first(row, PROMPTS), *CONTEXTS, "history"}
     used = {
@@ -82,12 +87,25 @@ def unused_keys(row: dict, format: str) -> list[str]:
         "messages": {*common, *VERIFIED},
         "alpaca": {*common, *prompt, *REASONING, _first(row, RESPONSES)},
         "preference": {*common, *prompt, "chosen", "rejected"},
+        "glaive": {"system", "chat", "sample"},
+    }
+    lists = (_as_json(row.get(key)) for key in (*MESSAGES, "chosen", "rejected"))
+    messages = [one for found in lists if isinstance(found, list) for one in found]
+    in_messages = {
+        key: value for one in messages if isinstance(one, dict) for key, value in one.items()
     }
     return [
-        key
-        for key, value in row.items()
-        if value not in (None, "", [], {}) and key not in used[format]
+        *(key for key, value in row.items() if _is_some(value) and key not in used[format]),
+        *(
+            f"{key} of messages"
+            for key, value in in_messages.items()
+            if _is_some(value) and key not in MESSAGE_KEYS
+        ),
     ]
+
+
+def _is_some(value) -> bool:
+    return value not in (None, "", [], {})
 
 
 def detect(row: dict) -> str:
@@ -97,6 +115,8 @@ def detect(row: dict) -> str:
     conversation = _as_json(row.get(_first(row, MESSAGES)))
     if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
         return "sharegpt" if "from" in conversation[0] else "messages"
+    if isinstance(row.get("chat", row.get("sample")), str):
+        return "glaive"
     if any(row.get(key) is not None for key in PROMPTS) and any(
         row.get(key) is not None for key in RESPONSES
     ):
@@ -173,6 +193,7 @@ FORMATS = {
     "sharegpt": from_messages,
     "messages": from_messages,
     "preference": from_preference,
+    "glaive": from_glaive,
     "text": from_text,
 }
 
@@ -217,13 +238,22 @@ def _message(i: int, item) -> dict:
         ):
             raise ValueError(f"message {i} has a part that is no text. Only text can be learned.")
         content = "".join(part["text"] for part in content)
-    out = {"role": role, "content": content, **_reasoning(item)}
+    kept = (*REASONING, *WEIGHTS)
+    out = {"role": role, "content": content}
+    out |= {key: item[key] for key in kept if item.get(key) is not None}
     if calls:
-        calls = calls if isinstance(calls, str) else json.dumps(calls, ensure_ascii=False)
         out |= {"content": content or "", "tool_calls": calls}
     if item.get("tools"):
         out["tools"] = item["tools"]
     return out
+
+
+def _with_json_calls(message: dict) -> dict:
+    """Return the message with its calls as JSON: a table's columns have one type."""
+    calls = message.get("tool_calls")
+    if not calls or isinstance(calls, str):
+        return message
+    return {**message, "tool_calls": json.dumps(calls, ensure_ascii=False)}
 
 
 def _calls(i: int, value) -> list:

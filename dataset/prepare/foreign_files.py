@@ -1,4 +1,8 @@
-"""Rows of files that are not ours: .json (one list), .parquet, .csv, .tsv and .txt, and .jsonl."""
+"""Rows of other people's files: .json, .jsonl, .parquet, .csv, .tsv and .txt.
+
+All but .parquet may be packed (.gz, .xz). A file of JSON holds a list, an object with a list under
+one key, or an object on each line, whatever its ending.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from dataset.files.jsonl import check_exists, iter_lines, utf8_lines
+from dataset.files.jsonl import FOREIGN_BYTES, check_exists, open_binary, utf8_lines
 
+WRAPPERS = ("data", "rows", "train", "examples", "items", "instances", "samples", "records")
 SPLITS = ("paragraphs", "file", "lines")
 
 
@@ -21,21 +26,39 @@ def read_any(path: str | Path, split: str = "paragraphs") -> Iterator[tuple[int,
     """
     path = Path(path)
     check_exists(path)
-    reader = READERS.get(path.suffix.lower())
-    return reader(path, split) if reader else iter_lines(path)
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".xz")]
+    reader = READERS.get(suffixes[-1] if suffixes else "")
+    if reader is None:
+        raise ValueError(f"{path}: unknown file type. Known are {', '.join(READERS)}.")
+    return reader(path, split)
 
 
 def _read_json(path: Path, split: str):
+    with open_binary(path) as file:
+        is_list = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    is_lines = ".json" not in path.suffixes and not is_list
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not JSON in UTF-8 ({error}). If it has an object on each line, name it "
-            ".jsonl."
-        ) from error
+        rows = None if is_lines else _whole_json(path)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise ValueError(f"{path}: not JSON ({error}). Repair it.") from error
+        rows = None
+    if rows is None:
+        lines = ((line_no, line.rstrip("\r\n")) for line_no, line in utf8_lines(path))
+        return ((line_no, line) for line_no, line in lines if line.strip())
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: no list of objects. Give [{{...}}, {{...}}].")
     return enumerate(rows, start=1)
+
+
+def _whole_json(path: Path):
+    with open_binary(path) as file:
+        text = file.read().decode("utf-8-sig", FOREIGN_BYTES)
+    value = json.loads(text, parse_constant=lambda name: None)
+    if not isinstance(value, dict):
+        return value
+    inner = next((value[key] for key in WRAPPERS if isinstance(value.get(key), list)), None)
+    return [value] if inner is None else inner
 
 
 def _read_parquet(path: Path, split: str):
@@ -55,18 +78,21 @@ def _read_parquet(path: Path, split: str):
 
 
 def _without_nulls(value):
-    """Return a value without null fields: Parquet gives every struct the fields of all others."""
+    """Return a value without null fields: Parquet gives every struct the fields of all others.
+
+    pandas writes NaN for a missing cell.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        present = {key: item for key, item in value.items() if item is not None and item == item}
+        return {key: _without_nulls(item) for key, item in present.items()}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_table(path: Path, split: str):
     csv.field_size_limit(2**31 - 1)
     lines = (line for _, line in utf8_lines(path))
-    table = csv.DictReader(
-        lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
-    )
+    delimiter = "\t" if ".tsv" in str(path).lower() else ","
+    table = csv.DictReader(lines, delimiter=delimiter, strict=True)
     line_no = 0
     try:
         for row in table:
@@ -95,6 +121,7 @@ def _read_text(path: Path, split: str):
 
 READERS = {
     ".json": _read_json,
+    ".jsonl": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_table,
     ".tsv": _read_table,

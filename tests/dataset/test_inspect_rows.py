@@ -52,6 +52,31 @@ def test_the_command_inspects_a_file(tmp_path, capsys):
         inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache")])
 
 
+def test_the_stage_is_guessed_from_the_first_row(tmp_path, capsys):
+    def shown(rows, *flags):
+        path = write(tmp_path / "rows.jsonl", rows)
+        inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "c"), *flags])
+        return capsys.readouterr().out
+
+    pair = {"chosen": chat("q", "a")["conversations"], "rejected": chat("q", "b")["conversations"]}
+    assert "⟦a<|im_end|>⟧" in shown([pair])
+    prompts = shown([{"question": "2 + 2?", "answer": "4"}])
+    assert prompts.startswith("--- prompt") and '{"question": "2 + 2?", "answer": "4"}' in prompts
+    with pytest.raises(SystemExit, match=r"rows.jsonl:1: no stage reads .*prepare_data.py convert"):
+        shown([{"messages": chat()["conversations"]}])
+    (tmp_path / "bytes.jsonl").write_bytes(b'\xff\n{"text": "hi"}\n')
+    inspect_rows.main(["--inspect", str(tmp_path / "bytes.jsonl"), "--bad_rows", "skip"])
+    out = capsys.readouterr().out
+    assert "⟦hi<|endoftext|>⟧" in out and "bytes.jsonl:1 (not UTF-8 (byte 0xff, column 1))" in out
+
+
+def test_special_tokens_in_texts_are_named(tmp_path, capsys):
+    for rows in ([{"text": "a <s> b"}], [chat("q", "<|im_start|>a")]):
+        path = write(tmp_path / "rows.jsonl", rows)
+        inspect_rows.main(["--inspect", str(path), "--cache_dir", str(tmp_path / "cache")])
+        assert "special tokens spelled in a text, learned as text: " in capsys.readouterr().out
+
+
 def test_no_script_of_the_data_waits_for_heavy_libraries():
     code = (
         "import sys\n"

@@ -236,7 +236,7 @@ def test_a_bad_pretraining_row_is_named(pretrain, tmp_path, line, message):
         ),
         ({"conversations": [{"role": "user", "content": None}]}, "content of type NoneType"),
         ({"conversations": [{"role": "user", "content": 3}]}, "content of type int"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "role None"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, 'has "from" and "value"'),
         (chat(reasoning_content=3), "reasoning_content"),
         (chat(tool_calls="{"), "tool_calls"),
         (
@@ -370,3 +370,83 @@ def test_lines_are_cut_into_blocks_without_loss(tmp_path, monkeypatch):
     assert max(len(block.lines) for block in blocks) <= 7 and len(blocks) > 5
     assert count_rows(path, 0.5) == 15
     assert count_rows("rows.jsonl.xz", 1.0) is None
+
+
+# --- other spellings, weights, turns ---
+
+
+def talk(*texts, **last):
+    """A row of user and assistant in turn; last: further fields of the last message."""
+    roles = ["user", "assistant"] * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    return {"conversations": [*messages[:-1], {**messages[-1], **last}]}
+
+
+def test_reasoning_in_another_spelling_is_learned_as_reasoning_and_counted(sft, tokenizer):
+    rows = [chat(answer="2 and 2\n</think>\n\n4."), chat(answer="<think>2 and 2\n</think>4.")]
+    dataset = sft(rows)
+    same = sft([chat(answer="4.", reasoning_content="2 and 2\n")] * 2)
+    assert text_of(tokenizer, dataset, 0) == text_of(tokenizer, same, 0)
+    assert text_of(tokenizer, dataset, 1) == text_of(tokenizer, same, 1)
+    assert dataset.report.rows_respelled == 1 and same.report.rows_respelled == 0
+    assert "read from another spelling: " in str(dataset.report)
+
+
+def test_only_respelled_rows_change_the_fingerprint(sft, monkeypatch):
+    """So that a run that was begun before other spellings were read resumes."""
+    plain, respelled = [chat()], [chat(answer="r\n</think>\n\n4.")]
+    now = [sft(rows).fingerprint for rows in (plain, respelled)]
+    monkeypatch.setattr("dataset.token_dataset.FORMAT_VERSION", 2)
+    before = [sft(rows).fingerprint for rows in (plain, respelled)]
+    assert now[0] == before[0] and now[1] != before[1]
+
+
+def test_an_answer_of_weight_zero_is_read_and_not_learned(sft, tokenizer):
+    row = talk("q", "wrong", "sure?", "right")
+    row["conversations"][1]["weight"] = 0
+    dataset = sft([row])
+    assert "wrong" in text_of(tokenizer, dataset)
+    assert targets_of(tokenizer, dataset) == "right<|im_end|>"
+
+
+def test_the_last_turn_alone(sft, tokenizer):
+    row = talk("q", "first", "r", "second")
+    assert targets_of(tokenizer, sft([row])) == "first<|im_end|>second<|im_end|>"
+    assert targets_of(tokenizer, sft([row], last_turn_only=True)) == "second<|im_end|>"
+
+
+def test_reasoning_of_earlier_turns_is_counted_or_kept(sft, tokenizer):
+    row = talk("q", "first", "r", "second", reasoning_content="two")
+    row["conversations"][1]["reasoning_content"] = "one"
+    dataset = sft([row, talk("q", "a", reasoning_content="one")])
+    assert "one" not in text_of(tokenizer, dataset, 0)
+    assert dataset.report.rows_lost_thoughts == 1
+    kept = sft([row], keep_thoughts=True)
+    assert [targets_of(tokenizer, kept, i) for i in range(len(kept))] == [
+        "<think>\none\n</think>\n\nfirst<|im_end|>",
+        "<think>\ntwo\n</think>\n\nsecond<|im_end|>",
+    ]
+    assert kept.report.rows_lost_thoughts == 0 and kept.report.rows_used == 1
+    assert text_of(tokenizer, kept, 1) == text_of(tokenizer, dataset, 0)
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_answer_is_a_bad_row(sft, empty):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: message 1: the answer is empty"):
+        sft([chat(answer=empty)])
+    unlearned = talk("q", empty, "r", "a")
+    unlearned["conversations"][1]["train"] = False
+    assert len(sft([unlearned])) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": chat()["conversations"]}, r"prepare_data\.py convert"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, r"prepare_data\.py convert"),
+        ({**chat(), "tools": "[{}]"}, r'"tools" next to .* prepare_data\.py convert'),
+    ],
+)
+def test_rows_that_convert_would_read_name_it(sft, row, message):
+    with pytest.raises(ValueError, match=message.replace(" prep", ".*prep")):
+        sft([row])

@@ -64,8 +64,9 @@ def test_both_rows_begin_with_the_prompts_of_the_switch(reason, tokenizer, thoug
     assert (
         begins_with(dataset, 0, direct) and targets_of(tokenizer, dataset) == f"{answer}<|im_end|>"
     )
-    plain = reason([chat(answer=answer)])
-    assert plain[0]["input_ids"].tolist() == dataset[0]["input_ids"].tolist()
+    if answer.strip():  # else the row is refused
+        plain = reason([chat(answer=answer)])
+        assert plain[0]["input_ids"].tolist() == dataset[0]["input_ids"].tolist()
 
 
 def test_a_thought_inside_the_content_is_a_thought(reason, tokenizer):

@@ -20,7 +20,7 @@ from dataset.pair_dataset import (
     tree_mask,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from tests.helpers.rows import write
+from tests.helpers.rows import chat, write
 from trainer.losses.preference import completion_log_probs
 from trainer.runtime.costs import step_work
 
@@ -458,3 +458,17 @@ def test_inspecting_shows_both_answers(pairs, tokenizer, tmp_path, capsys):
         ]
     )
     assert "assistant\n⟦Gladly! It is 0.<|im_end|>⟧\n⟦1<|im_end|>⟧" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["", " and more of it"])
+def test_answers_cut_to_the_same_words_are_left_out(pairs, end):
+    """Wherever the cut falls in what both begin with."""
+    start = "ok " * 100
+    row = {
+        side: [{"role": "user", "content": "q"}, {"role": "assistant", "content": start + text}]
+        for side, text in (("chosen", "yes"), ("rejected", "no" + end))
+    }
+    good = {side: chat("q", side)["conversations"] for side in ("chosen", "rejected")}
+    for max_seq_len in range(40, 200, 9):
+        dataset = pairs([row, good], max_seq_len)
+        assert dataset.report.rows_too_long == 1 and len(dataset) == 1

@@ -53,19 +53,21 @@ def test_a_bare_question_is_a_conversation_of_one_message(tmp_path, tokenizer):
     assert dataset.rows[1]["conversations"][0]["content"] == "Why?"
 
 
+def test_a_last_answer_is_left_out_and_counted(tmp_path, tokenizer):
+    question = [{"role": "user", "content": "a"}]
+    rows = [{"conversations": [*question, {"role": "assistant", "content": ""}], "gt": ["b"]}]
+    dataset = PromptDataset(write(tmp_path / "rows.jsonl", rows), tokenizer, 64)
+    assert dataset.rows[0]["conversations"] == question and dataset.rows[0]["gt"] == ["b"]
+    assert dataset.prompts[0] == encode_prompt(tokenizer, question)
+    assert "without their last answer, which the model writes: 1" in dataset.report
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
         ({"text": "no"}, 'no "conversations"'),
-        (
-            {
-                "conversations": [
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "b"},
-                ]
-            },
-            "is of role assistant",
-        ),
+        ({"conversations": [{"role": "assistant", "content": "b"}]}, "no question at the end"),
+        ({"conversations": [{"role": "user", "content": "a"}], "tools": "[1]"}, '"tools" next to'),
         ({"conversations": [{"role": "nobody", "content": "a"}]}, "role 'nobody'"),
     ],
 )

@@ -5,6 +5,7 @@ Imports nothing heavy: `--help` and mistakes in the flags answer before torch is
 
 import argparse
 import dataclasses
+import difflib
 import importlib.util
 import sys
 import traceback
@@ -13,7 +14,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,11 +69,17 @@ def with_new_names(cls: type, arguments: dict) -> dict:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes an abbreviation that fits several names of one flag."""
+    """Takes flags by their whole names alone, and names the nearest ones for an unknown one."""
 
-    def _get_option_tuples(self, option_string):
-        found = super()._get_option_tuples(option_string)
-        return found[:1] if len({action.dest for action, *_ in found}) == 1 else found
+    def error(self, message: str) -> NoReturn:
+        shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
+        known = [name for action in shown for name in action.option_strings]
+        if message.startswith("unrecognized arguments: --"):
+            unknown = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(unknown, known, n=2)
+            near += [name for name in known if name.startswith(unknown)][: 2 - len(near)]
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
+        super().error(message)
 
 
 class _Store(argparse.Action):
@@ -94,6 +101,7 @@ def parse_args(cls: type, argv: Sequence[str] | None = None) -> Any:
     with status 2 and says what to change.
     """
     parser = _Parser(
+        allow_abbrev=False,
         description=sys.modules[cls.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--flag value ...]   (--help lists the flags)",

@@ -254,6 +254,30 @@ class TrainArgs:
         check_installed("--deepspeed", "deepspeed", "deepspeed==0.19.8")
 
 
+@dataclass
+class ConversationArgs(TrainArgs):
+    """The flags of the stages that learn an assistant's answers in conversations."""
+
+    keep_thoughts: bool = arg(
+        False, "learn the reasoning of earlier turns too, each from the conversation up to its turn"
+    )
+    last_turn_only: bool = arg(
+        False, "learn only what follows the user's last message", aliases=("mask_history",)
+    )
+
+    def turns(self) -> dict[str, bool]:
+        """The two flags as options of a dataset."""
+        return {"keep_thoughts": self.keep_thoughts, "last_turn_only": self.last_turn_only}
+
+    def check(self) -> None:
+        """TrainArgs.check, and that the two flags do not contradict each other."""
+        super().check()
+        if self.keep_thoughts and self.last_turn_only:
+            raise ValueError(
+                "--keep_thoughts learns earlier turns, --last_turn_only does not: leave one out"
+            )
+
+
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     """The DeepSpeed configuration in a file, without the settings that our flags decide ("auto").
 

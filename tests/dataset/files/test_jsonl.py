@@ -45,7 +45,11 @@ def test_byte_order_mark_at_the_start_is_no_text(tmp_path):
             "not JSON (Expecting property name enclosed in double quotes, column 2). Put one JSON "
             "object on each line.",
         ),
-        ("[1]", "a list, not an object. Each line must be a JSON object in braces."),
+        (
+            "[1]",
+            "a list, not an object. `python dataset/prepare_data.py convert` makes lines of its "
+            "objects.",
+        ),
         ('"text"', "a str, not an object. Each line must be a JSON object in braces."),
         ("null", "a NoneType, not an object. Each line must be a JSON object in braces."),
         (
@@ -93,7 +97,8 @@ def test_bad_files_are_named(tmp_path):
     )
     assert (
         error("a.txt", b"{}")
-        == ": unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz."
+        == ": unknown file type. Give a file that ends in .jsonl, .jsonl.gz or .jsonl.xz; make "
+        f"one: python dataset/prepare_data.py convert {tmp_path / 'a.txt'} --out rows.jsonl"
     )
     assert (
         error("b.jsonl", b"") == ": the file is empty. Give a file with one JSON object per line."
@@ -106,10 +111,6 @@ def test_bad_files_are_named(tmp_path):
         error("d.jsonl.gz", gzip.compress(b""))
         == ": the file is empty. Give a file with one JSON object per line."
     )
-    assert (
-        error("e.jsonl", b"{}\n\xff\n")
-        == ":2: not UTF-8 (invalid start byte). Convert the file to UTF-8."
-    )
     for name, content in (
         ("f.jsonl.gz", b"{}\n"),
         ("g.jsonl.xz", b"{}\n"),
@@ -118,6 +119,22 @@ def test_bad_files_are_named(tmp_path):
     ):
         assert ": damaged archive (" in error(name, content)
         assert error(name).endswith("). Fetch or compress it again.")
+
+
+def test_a_byte_that_is_not_utf8_spoils_its_row_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xc3\xa9\xff"}\n{"a": 3}\n')
+    lines = [line for _, line in iter_lines(path)]
+    assert parse_row(lines[0]) == {"a": 1} and parse_row(lines[2]) == {"a": 3}
+    message = (
+        r":2: not UTF-8 \(byte 0xff, column 9\)\. Repair the line, or convert the file to UTF-8"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(path))
+
+
+def test_missing_numbers_are_null():
+    assert parse_row('{"a": NaN, "b": -Infinity}') == {"a": None, "b": None}
 
 
 def test_a_missing_file_is_reported_before_the_first_row_is_asked_for(tmp_path):

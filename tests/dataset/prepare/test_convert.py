@@ -383,3 +383,45 @@ def test_a_bad_row_stops_or_is_named(tmp_path):
         {"text": "T"},
         {"conversations": [USER, ASSISTANT]},
     ]
+
+
+def test_calls_in_texts_and_in_messages_of_their_own_are_one_turn():
+    hermes = [
+        {"from": "human", "value": "Q"},
+        {"from": "gpt", "value": f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"},
+        {"from": "tool", "value": "<tool_response>\n19:02\n</tool_response>"},
+        {"from": "gpt", "value": "A"},
+    ]
+    swift = [
+        USER,
+        {"role": "assistant", "content": "I look."},
+        {"role": "tool_call", "content": json.dumps(CALL)},
+        {"role": "tool_response", "content": {"time": "19:02"}},
+        ASSISTANT,
+    ]
+    for row, text, result in (
+        ({"conversations": hermes, "tools": json.dumps(TOOLS)}, "", "19:02"),
+        ({"messages": swift, "tools": TOOLS}, "I look.", '{"time": "19:02"}'),
+    ):
+        system, question, call, observed, answer = convert_row(row)["conversations"]
+        assert json.loads(system["tools"]) == TOOLS and (question, answer) == (USER, ASSISTANT)
+        assert call["content"] == text and json.loads(call["tool_calls"]) == [CALL]
+        assert observed == {"role": "tool", "content": result}
+
+
+def test_an_answer_of_weight_zero_is_kept_and_marked():
+    row = {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]}
+    assert convert_row(row)["conversations"] == [
+        USER,
+        {**ASSISTANT, "train": False},
+        USER,
+        ASSISTANT,
+    ]
+
+
+def test_keys_of_messages_that_are_left_out_are_named(tmp_path):
+    row = {"messages": [{**USER, "name": "Ann"}, ASSISTANT]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert "left out: name of messages (1 rows)" in str(
+        convert([tmp_path / "a.jsonl"], tmp_path / "b.jsonl")
+    )

@@ -1,11 +1,15 @@
 """Rows of other kinds of file."""
 
+import gzip
 import json
+import lzma
+import re
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from dataset.prepare.convert import convert
 from dataset.prepare.foreign_files import read_any
 
 
@@ -46,10 +50,8 @@ def test_text_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'{"text": "T"}', "no list of objects"),
-        ("a.json", b"[", "not JSON in UTF-8"),
-        ("a.txt", b"one\n" + "中".encode("gbk"), r"a\.txt:2: not UTF-8"),
-        ("a.csv", b"text\n\xff\xfe\n", r"a\.csv:2: not UTF-8"),
+        ("a.json", b'{"data": ["T"]}', "no list of objects"),
+        ("a.json", b"[", "not JSON"),
         ("a.csv", b'text\ngood\n"never closed\nand so on\n', r"a\.csv:3: no row of a table"),
         ("a.parquet", b"PAR1", "damaged Parquet file"),
         ("a.doc", b"x", "unknown file type"),
@@ -61,3 +63,66 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
         list(read_any(tmp_path / name))
     with pytest.raises(ValueError, match="no such file"):
         read_any(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n'),
+        ("a.json", b'{"text": "good"}\n{"text": "\xff"}\n'),
+        ("list.json", b'[{"text": "good"}, {"text": "\xff"}]'),
+        ("a.txt", b"good\n\n\xff"),
+        ("a.csv", b"text\ngood\n\xff\n"),
+    ],
+)
+def test_a_row_with_a_byte_that_is_not_utf8_is_named_and_can_be_skipped(tmp_path, name, content):
+    path, out = tmp_path / name, tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}:\d: not UTF-8 \(byte 0xff"):
+        convert([path], out)
+    report = convert([path], out, bad_rows="skip")
+    assert (report.rows_written, report.rows_skipped) == (1, 1)
+    assert re.search(rf"skipped .*{name}:\d: not UTF-8", str(report))
+    assert out.read_text() == '{"text": "good"}\n'
+
+
+ROW = {"instruction": "Q", "output": "A"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.jsonl", json.dumps([ROW, ROW])),
+        ("lines.json", f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n"),
+        ("wrapped.json", json.dumps({"version": 1, "data": [ROW, ROW]}, indent=1)),
+        ("lines.jsonl.gz", f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n"),
+        ("list.json.gz", json.dumps([ROW, ROW])),
+        ("table.csv.xz", "instruction,output\nQ,A\nQ,A\n"),
+    ],
+)
+def test_rows_are_found_in_whatever_holds_them(tmp_path, name, text):
+    write = {".gz": gzip.open, ".xz": lzma.open}.get(f".{name.split('.')[-1]}", open)
+    with write(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write(text)
+    rows = [row for _, row in read_any(tmp_path / name)]
+    assert [json.loads(row) if isinstance(row, str) else row for row in rows] == [ROW, ROW]
+
+
+def test_one_object_in_a_json_file_is_one_row(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
+    assert [row for _, row in read_any(tmp_path / "a.json")] == [row]
+
+
+def test_missing_cells_are_left_out(tmp_path):
+    """pandas writes NaN, Parquet fills every struct with the fields of all others."""
+    (tmp_path / "a.json").write_text('[{"instruction": "Q", "input": NaN, "output": "A"}]')
+    assert next(iter(read_any(tmp_path / "a.json")))[1]["input"] is None
+    (tmp_path / "a.jsonl").write_text(
+        '{"instruction": "Q", "input": NaN, "output": "A", "system": NaN, "history": null}'
+    )
+    report = convert([tmp_path / "a.jsonl"], tmp_path / "out.jsonl")
+    assert report.rows_written == 1
+    table = pyarrow.table({"instruction": ["Q"], "input": [float("nan")], "output": ["A"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert [row for _, row in read_any(tmp_path / "a.parquet")] == [ROW]

@@ -60,7 +60,10 @@ def test_switches_take_nothing_or_a_word(written, expected):
     "cls, written, message",
     [
         (Example, ["--flag", "perhaps"], "neither yes nor no"),
-        (Example, ["--nmber", "1"], "--nmber"),
+        (Example, ["--nmber", "1"], "did you mean --number"),
+        (Example, ["--num", "1"], "did you mean --number"),
+        (PretrainArgs, ["--beta", "0.1"], "did you mean --beta2?"),
+        (SFTArgs, ["--keep_thoughts", "--last_turn_only"], "leave one out"),
         (PretrainArgs, ["--batch_size", "0"], "--batch_size 0: give more than 0"),
         (PretrainArgs, ["--grad_clip", "-1"], "--grad_clip -1.0: give 0 or more"),
         (PretrainArgs, ["--overwrite", "--from_resume"], "choose one"),
