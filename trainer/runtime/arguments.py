@@ -76,8 +76,8 @@ class _Parser(argparse.ArgumentParser):
         known = [name for action in shown for name in action.option_strings]
         if message.startswith("unrecognized arguments: --"):
             unknown = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(unknown, known, n=2)
-            near += [name for name in known if name.startswith(unknown)][: 2 - len(near)]
+            begins = [name for name in known if name.startswith(unknown)]
+            near = list(dict.fromkeys([*difflib.get_close_matches(unknown, known), *begins]))[:2]
             message += f"; did you mean {' or '.join(near)}?" if near else ""
         super().error(message)
 
