@@ -16,14 +16,16 @@ NAMES = {"pretrain": "pretrain_32x2"}
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "arguments.json", "step-1-rank-0.jsonl"])
 def test_a_full_disk_is_one_line(name, flags, monkeypatch):
-    write_text = Path.write_text
+    def full(write):
+        def fails(path, *content, **options):
+            if name in path.name:
+                raise OSError(28, "No space left on device")
+            return write(path, *content, **options)
 
-    def full(path, *text, **options):
-        if name in path.name:
-            raise OSError(28, "No space left on device")
-        return write_text(path, *text, **options)
+        return fails
 
-    monkeypatch.setattr(Path, "write_text", full)
+    for write in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, write, full(getattr(Path, write)))
     poison_losses(monkeypatch, lambda step, count: True)
     message = rf"error: could not write .*{name} \(No space left on device\): make room on the disk"
     with pytest.raises(SystemExit, match=message):
