@@ -50,6 +50,10 @@ class AgentArgs(PolicyArgs):
         "advantages in a group, with the clipped loss or CISPO's; or against a remembered value",
         choices=list(CLIP),
     )
+    epsilon: float | None = arg(None, "lower bound of the clip: 1 - this", aliases=("clip_low",))
+    epsilon_high: float | None = arg(
+        None, "upper bound of the clip: 1 + this", aliases=("clip_high",)
+    )
     tools: str = arg("", "a Python file with tools of your own (default: those of the toy world)")
     tool_timeout: float = arg(5.0, "seconds that a tool may take", aliases=("tool_seconds",))
     max_turns: int = arg(4, "turns of an episode, at most: calls in the last one are not run")
@@ -60,7 +64,15 @@ class AgentArgs(PolicyArgs):
         if self.num_generations is None:
             self.num_generations = 1 if is_single else 8
         super().check()
-        check_positive(self, "tool_timeout", "max_turns")
+        default = CLIP[self.loss_type]
+        self.epsilon = default[0] if self.epsilon is None else self.epsilon
+        self.epsilon_high = default[1] if self.epsilon_high is None else self.epsilon_high
+        check_positive(self, "tool_timeout", "max_turns", "epsilon", "epsilon_high")
+        if self.loss_type == "cispo" and "epsilon" in self.given:
+            raise ValueError(
+                "--epsilon has no effect with --loss_type cispo, which clips upwards alone: leave "
+                "it out"
+            )
         if is_single:
             check_success_rewards(self)
         if (self.num_generations == 1) != is_single:
@@ -137,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate = partial(held_out_scores, run, sampler, held_out, rewards)
         loop = Loop(run, state, prompt_steps(run, prompts), evaluate, evaluate_first=True)
         transcripts = Transcripts(run, loop.done)
-        epsilon, epsilon_high = CLIP[args.loss_type]
+        epsilon, epsilon_high = args.epsilon, args.epsilon_high
 
         for step, items in loop:
             learning_rate = learning_rate_at(step, loop.num_steps, args)

@@ -181,11 +181,6 @@ class PolicyArgs(TrainArgs):
                 f"--{unused[0]}: prompts are few, and turned into tokens at the start of each run: "
                 "leave it out"
             )
-        if self.inspect:
-            raise ValueError(
-                "--inspect shows the tokens that a row trains on, and here these are yet to be "
-                "sampled: leave it out, and look into transcripts.jsonl in the run's folder"
-            )
         if self.deepspeed:
             raise ValueError(
                 "--deepspeed is not for reinforcement learning here, where each rank also samples "

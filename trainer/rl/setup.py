@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataset.files.hashes import fingerprint
+from dataset.inspect_rows import show_prompts
 from dataset.prompt_dataset import PromptDataset, PromptSteps
 from model.model_lora import AdapterOnly, LoRASettings, add_adapter
 from model.model_minimind import MiniMindForCausalLM
@@ -16,8 +17,8 @@ from model.native_format import network_sha256
 from trainer.rl.arguments import reward_weights
 from trainer.rl.rewards import check_row
 from trainer.rl.rollout import Rollout
-from trainer.runtime.data import split_validation, use_toy_world
-from trainer.runtime.run import Run
+from trainer.runtime.data import split_validation, use_default_data
+from trainer.runtime.run import Inspected, Run
 from trainer.runtime.weights import find_base, load_model
 
 
@@ -48,7 +49,7 @@ def open_prompts(
     Of --data_path, or of the toy world's part `toy_name`.
     """
     args, names = run.args, reward_weights(run.args)
-    use_toy_world(run, [f"{toy_name}_train.jsonl"], f"{toy_name}_heldout.jsonl")
+    use_default_data(run, [f"{toy_name}_train.jsonl"], f"{toy_name}_heldout.jsonl")
 
     def build(paths: list[str]) -> PromptDataset:
         return PromptDataset(
@@ -61,6 +62,9 @@ def open_prompts(
         )
 
     dataset = build(args.data_path)
+    if args.inspect:
+        show_prompts(dataset, tokenizer, args.inspect)
+        raise Inspected
     run.print0(dataset.report)
     training, held_out = split_validation(run, dataset, build)
     start = run.ranks.from_main(lambda: network_sha256(model))

@@ -16,6 +16,8 @@ from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.runtime.foreign_flags import EXPLAINED
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -76,6 +78,8 @@ class _Parser(argparse.ArgumentParser):
         known = [name for action in shown for name in action.option_strings]
         if message.startswith("unrecognized arguments: --"):
             unknown = message.split()[2].split("=")[0]
+            if explained := EXPLAINED.get(unknown.removeprefix("--")):
+                super().error(f"{unknown} is not a flag here: {explained}")
             begins = [name for name in known if name.startswith(unknown)]
             near = list(dict.fromkeys([*difflib.get_close_matches(unknown, known), *begins]))[:2]
             message += f"; did you mean {' or '.join(near)}?" if near else ""

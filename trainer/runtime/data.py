@@ -15,6 +15,16 @@ from trainer.runtime.process import Compute
 from trainer.runtime.run import Inspected, Run
 
 TOY = ROOT / "dataset" / "toy_mini"
+USUAL_FOLDER = ROOT / "dataset"
+USUAL = {  # files that tutorials of this model family tell people to put there, by stage
+    "pretrain": ("pretrain_t2t_mini.jsonl", "pretrain_t2t.jsonl", "pretrain_hq.jsonl"),
+    "sft": ("sft_t2t_mini.jsonl", "sft_t2t.jsonl", "sft_mini_512.jsonl", "sft_512.jsonl"),
+    "lora": ("lora_medical.jsonl", "lora_identity.jsonl"),
+    "dpo": ("dpo.jsonl",),
+    "reason": ("r1_mix_1024.jsonl",),
+    "rl": ("rlaif.jsonl", "rlaif-mini.jsonl"),
+    "agent": ("agent_rl.jsonl", "agent_rl_math.jsonl"),
+}
 
 
 def open_datasets(
@@ -32,7 +42,7 @@ def open_datasets(
     shown and the run ends.
     """
     args = run.args
-    use_toy_world(run, toy_files, toy_val)
+    use_default_data(run, toy_files, toy_val)
     options |= {"cache_dir": args.cache_dir, "num_proc": args.num_proc, "bad_rows": args.bad_rows}
 
     def build(paths: list[str]) -> Any:
@@ -46,13 +56,20 @@ def open_datasets(
     return split_validation(run, dataset, build)
 
 
-def use_toy_world(run: Run, toy_files: list[str], toy_val: str | None = None) -> None:
-    """Without --data_path, write the toy world and let it be the data."""
+def use_default_data(run: Run, toy_files: list[str], toy_val: str | None = None) -> None:
+    """Without --data_path, take a file of a usual name in dataset/, else the toy world."""
     args = run.args
     if args.data_path:
         return
+    stage = toy_files[0].split("_")[0]
+    found = [str(path) for name in USUAL[stage] if (path := USUAL_FOLDER / name).is_file()]
+    if found:
+        args.data_path = found[:1]
+        run.print0(f"no --data_path: learning from {found[0]}")
+        return
     from dataset.toy_world import write_world
 
+    run.print0("no --data_path: learning from the toy world, an invented one with small questions")
     run.ranks.from_main(lambda: write_world("mini", TOY))
     args.data_path = [str(TOY / name) for name in toy_files]
     if toy_val and not args.val_path and not {"val_ratio", "val_max_rows"} & args.given:

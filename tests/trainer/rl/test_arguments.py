@@ -79,7 +79,6 @@ def test_other_names_of_the_flags_are_known(name, others, value):
         (dict(dropout=0.1), "--dropout would train another policy"),
         (dict(num_proc=2), "--num_proc: prompts are few"),
         (dict(cache_dir="x"), "--cache_dir: prompts are few"),
-        (dict(inspect=1), "--inspect shows the tokens that a row trains on"),
         (dict(deepspeed="trainer/ds_zero2.json"), "is not for reinforcement learning here"),
     ],
 )

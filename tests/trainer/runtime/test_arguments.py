@@ -63,6 +63,7 @@ def test_switches_take_nothing_or_a_word(written, expected):
         (Example, ["--nmber", "1"], "did you mean --number"),
         (Example, ["--num", "1"], "did you mean --number"),
         (PretrainArgs, ["--beta", "0.1"], "did you mean --beta2?"),
+        (PretrainArgs, ["--reward_model_path", "x"], "--rewards model:FOLDER=1"),
         (SFTArgs, ["--keep_thoughts", "--last_turn_only"], "leave one out"),
         (PretrainArgs, ["--batch_size", "0"], "--batch_size 0: give more than 0"),
         (PretrainArgs, ["--grad_clip", "-1"], "--grad_clip -1.0: give 0 or more"),

@@ -17,7 +17,7 @@ from trainer.runtime.data import (
     single_pass,
     split_validation,
     training_batches,
-    use_toy_world,
+    use_default_data,
 )
 from trainer.runtime.run import Inspected
 
@@ -83,14 +83,25 @@ def test_inspecting_prints_sequences_and_ends_the_run(make_run, tokenizer, capsy
 # --- the toy world ---
 
 
-def test_without_data_the_toy_world_is_written_and_used(make_run, tmp_path, monkeypatch):
+def test_without_data_the_toy_world_is_written_and_used(make_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "TOY", tmp_path / "toy")
     run = make_run(data_path=None)
-    use_toy_world(run, ["sft_train.jsonl@0.5", "lora_train.jsonl"], "sft_heldout.jsonl")
+    use_default_data(run, ["sft_train.jsonl@0.5", "lora_train.jsonl"], "sft_heldout.jsonl")
     toy = str(tmp_path / "toy")
     assert run.args.data_path == [f"{toy}/sft_train.jsonl@0.5", f"{toy}/lora_train.jsonl"]
     assert run.args.val_path == [f"{toy}/sft_heldout.jsonl"]
     assert (tmp_path / "toy" / "sft_train.jsonl").is_file()
+    assert "no --data_path: learning from the toy world" in capsys.readouterr().out
+
+
+def test_without_data_a_file_of_the_usual_name_is_used(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "USUAL_FOLDER", tmp_path)
+    path = tmp_path / "sft_t2t_mini.jsonl"
+    path.write_text("{}")
+    run = make_run(data_path=None)
+    use_default_data(run, ["sft_train.jsonl"], "sft_heldout.jsonl")
+    assert run.args.data_path == [str(path)] and run.args.val_path == []
+    assert f"no --data_path: learning from {path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -99,14 +110,14 @@ def test_without_data_the_toy_world_is_written_and_used(make_run, tmp_path, monk
 )
 def test_who_chooses_held_out_rows_does_not_get_the_toy_worlds(flags, val_path, make_run):
     run = make_run(data_path=None, **flags)
-    use_toy_world(run, ["dpo_train.jsonl"], "dpo_heldout.jsonl")
+    use_default_data(run, ["dpo_train.jsonl"], "dpo_heldout.jsonl")
     assert run.args.val_path == val_path
 
 
 def test_files_that_are_given_are_left_alone(make_run, rows, monkeypatch):
     monkeypatch.setattr(data, "TOY", None)
     run = make_run()
-    use_toy_world(run, ["sft_train.jsonl"], "sft_heldout.jsonl")
+    use_default_data(run, ["sft_train.jsonl"], "sft_heldout.jsonl")
     assert run.args.data_path == [str(rows["pretrain"])] and run.args.val_path == []
 
 
