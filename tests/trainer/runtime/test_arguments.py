@@ -21,6 +21,7 @@ from trainer.runtime.arguments import (
     parse_args,
     with_new_names,
 )
+from trainer.runtime.foreign_flags import EXPLAINED
 from trainer.runtime.train_args import TrainArgs
 from trainer.train_full_sft import SFTArgs
 from trainer.train_pretrain import PretrainArgs
@@ -298,6 +299,15 @@ def test_the_former_names_of_a_stages_flags_still_work(stage):
     for value, new in names.values():
         found = getattr(args, new)
         assert found == (value if isinstance(found, str) else float(value))
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_a_flag_that_is_explained_stands_in_the_documents_and_is_no_flag(name):
+    for document in ("compatibility.md", "compatibility_zh.md"):
+        assert f"--{name}" in (ROOT / "docs" / document).read_text("utf-8")
+    for stage in OLD_NAMES:
+        flags = flags_of(args_class(stage))
+        assert name not in flags and all(name not in flag["aliases"] for flag in flags.values())
 
 
 STAGES = (*OLD_NAMES, "tokenizer")
