@@ -25,7 +25,7 @@ from dataset.packing import IGNORE, pack
 from dataset.pair_dataset import PairDataset
 from dataset.prompt_dataset import PromptDataset
 from dataset.token_dataset import BAD_ROWS, TokenDataset
-from model.files import write_json
+from model.files import forgive_text, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,4 +153,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    forgive_text()
     main()

@@ -26,7 +26,7 @@ from dataset.files.jsonl import dump_row, find_shards, in_fraction, read_rows
 from dataset.files.outputs import whole_file
 from dataset.toy.core import is_heldout
 from dataset.toy.scorer import Question
-from model.files import write_json
+from model.files import forgive_text, write_json
 
 LANGUAGES = ("en", "zh")
 TOPICS = ROOT / "dataset" / "toy" / "medical_topics.jsonl"  # pairs: English, Chinese
@@ -280,4 +280,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    forgive_text()
     main()

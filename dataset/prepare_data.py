@@ -30,7 +30,7 @@ from dataset.prepare.convert import FORMATS, convert
 from dataset.prepare.download import HUBS, download, find_file, list_files
 from dataset.prepare.foreign_files import SPLITS
 from dataset.prepare.verdicts import CleanOptions
-from model.files import write_json
+from model.files import forgive_text, write_json
 
 FOREIGN = (".json", ".parquet", ".csv", ".tsv", ".txt")  # read by convert, not by clean
 
@@ -241,4 +241,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    forgive_text()
     main()

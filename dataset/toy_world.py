@@ -37,7 +37,7 @@ from dataset.files.outputs import whole_folder
 from dataset.toy.core import LEVELS
 from dataset.toy.rows import stage_rows
 from dataset.toy.world import World, make_world
-from model.files import write_json
+from model.files import forgive_text, write_json
 
 # These, level and seed decide a world: after any change of them old folders are written again.
 SOURCE_FILES = [
@@ -117,4 +117,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    forgive_text()
     main()

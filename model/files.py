@@ -1,12 +1,42 @@
 """Files on disk: replaced in one move, flushed, hashed. Imports nothing heavy."""
 
+import errno
 import hashlib
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+class Terminal(io.FileIO):
+    """Output to a terminal; once that is closed it goes nowhere, instead of ending the program."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def forgive_text() -> None:
+    """Let a program survive its terminal: its encoding, strange bytes, and that it is closed.
+
+    Characters that the terminal cannot spell, such as Chinese ones, are shown as `?`, and so are
+    bytes of the input that are no text.
+    """
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if stream and stream.isatty():
+            raw = io.BufferedWriter(Terminal(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, line_buffering=True))
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a test's or a notebook's may lack it
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

@@ -393,6 +393,21 @@ def annotations(sources: Sources) -> Iterator[Offence]:
                 yield Offence(source.path, node.lineno, f"{node.name}: {' '.join(missing)}")
 
 
+def encodings(sources: Sources) -> Iterator[Offence]:
+    """text files without an encoding, read and written in another one on Windows; say "utf-8" """
+    for source in sources.values():
+        for node in () if source.is_test else source.all(ast.Call):
+            named = {keyword.arg: keyword.value for keyword in node.keywords}
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            arguments = {"read_text": 0, "write_text": 1}.get(called)
+            if called == "open" and isinstance(node.func, ast.Name):
+                mode = node.args[1] if len(node.args) > 1 else named.get("mode", ast.Constant("r"))
+                is_text = isinstance(mode, ast.Constant) and "b" not in mode.value
+                arguments = 2 if is_text else None
+            if arguments is not None and len(node.args) <= arguments and "encoding" not in named:
+                yield Offence(source.path, node.lineno, f"{called} without an encoding")
+
+
 def underscores(sources: Sources) -> Iterator[Offence]:
     """private names used outside their module; drop the underscore, or call something public"""
     homes = defaultdict(set)  # private name -> files that define it
@@ -533,6 +548,7 @@ RULES: list[Rule] = [
     function_lines,
     argument_lists,
     annotations,
+    encodings,
     underscores,
     old_words,
     stage_lines,
@@ -621,6 +637,15 @@ CASES = [  # rule, line in which the first file breaks it or 0, first file, its 
         "model/c.py: import model.a",
     ),
     (circles, 0, "model/a.py", "import model.b", "model/b.py: if TYPE_CHECKING:\n import model.a"),
+    (encodings, 1, "model/a.py", "open(path, 'w')"),
+    (encodings, 1, "model/a.py", "path.read_text()"),
+    (encodings, 2, "model/a.py", "open(path, 'rb')\npath.write_text(text)"),
+    (
+        encodings,
+        0,
+        "model/a.py",
+        "path.write_text(x, 'utf-8')\nopen(x, mode='wb')\nopen(x, encoding=y)",
+    ),
     (imports_of_tests, 1, "tests/test_a.py", "from tests.model.test_b import f"),
     (imports_of_tests, 1, "tests/test_a.py", "from tests import conftest"),
     (imports_of_tests, 1, "tests/test_a.py", "from helpers.runs import f"),

@@ -116,7 +116,7 @@ class Server:
             state[name] = int(sum(map(float, found)))
         status = Path(f"/proc/{self.process.pid}/status") if self.process else None
         if status and status.exists():
-            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            fields = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
             state["threads"] = int(fields["Threads"])
             state["rss_mb"] = int(fields["VmRSS"].split()[0]) // 1024
         return state

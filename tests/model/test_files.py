@@ -4,11 +4,16 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from model.files import file_sha256, flush, replace_file, write_json, writing
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def full_disk(temporary):
@@ -80,3 +85,23 @@ def test_hashes_are_those_of_the_content(size, tmp_path):
     content = bytes(i % 251 for i in range(size))
     (tmp_path / "file").write_bytes(content)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_terminal_that_cannot_spell_a_character_shows_a_question_mark():
+    program = "from model.files import forgive_text\nforgive_text()\nprint(input(), '二')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=b"caf\xff\n",  # neither UTF-8 nor ASCII
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, b"caf? ?"), done.stderr
+
+
+def test_every_program_forgives():
+    """Each ends in `command(main)`, which does, or says so itself; the bench_*.py are bench.py."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if "__main__" in text and "runpy" not in text and "sys.path" in text:
+            assert "command(" in text or "forgive_text()" in text, path

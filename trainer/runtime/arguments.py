@@ -16,6 +16,7 @@ from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model.files import forgive_text
 from trainer.runtime.foreign_flags import EXPLAINED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +149,7 @@ def check_flags(cls: type, module_name: str) -> None:
     A script calls it before its heavy imports: `--help` and mistakes then answer immediately.
     """
     if module_name == "__main__":
+        forgive_text()
         parse_args(cls)
 
 
@@ -193,6 +195,7 @@ def command(main: Callable[[], object]) -> None:
     The user's mistakes are the errors that this project raises itself: ValueError, OSError,
     ImportError, FloatingPointError and MemoryError with a message of ours.
     """
+    forgive_text()
     try:
         main()
     except KeyboardInterrupt:

@@ -146,9 +146,11 @@ class Checkpoint:
         self.state.saved.save_pretrained(building, state_dict=weights)
         self.state.tokenizer.save_pretrained(building)
         torch.save(state, building / "training_state.pt")
-        (building / "progress.json").write_text(json.dumps(progress, indent=1, ensure_ascii=False))
+        (building / "progress.json").write_text(
+            json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
-        (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (building / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*building.iterdir(), building):
             flush(path)
         if final.exists():

@@ -90,14 +90,14 @@ def free_memory(device: torch.device) -> int | None:
     if not info.is_file():  # not Linux: the system counts pages, or does not say
         counts = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if counts else None
-    sizes = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    sizes = dict(line.split(":", 1) for line in info.read_text("utf-8").splitlines())
     free = 1024 * int(sizes["MemAvailable"].split()[0])
     return min([free, *container_limits(Path("/sys/fs/cgroup"))])
 
 
 def container_limits(root: Path) -> Iterator[int]:
     """Bytes left under the limits of this process's container or job (control groups 2 and 1)."""
-    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
+    lines = OWN_GROUPS.read_text("utf-8").splitlines() if OWN_GROUPS.is_file() else []
     for controllers, path in (line.split(":", 2)[1:] for line in lines):
         if controllers not in ("", "memory"):
             continue
@@ -108,9 +108,11 @@ def container_limits(root: Path) -> Iterator[int]:
                 break
             limit, used, stat = (group / name for name in (*names[:2], "memory.stat"))
             is_there = all(file.is_file() for file in (limit, used, stat))
-            if is_there and limit.read_text().strip().isdigit():
-                cached = dict(line.split() for line in stat.read_text().splitlines())[names[2]]
-                yield int(limit.read_text()) - int(used.read_text()) + int(cached)
+            if is_there and limit.read_text("utf-8").strip().isdigit():
+                cached = dict(line.split() for line in stat.read_text("utf-8").splitlines())[
+                    names[2]
+                ]
+                yield int(limit.read_text("utf-8")) - int(used.read_text("utf-8")) + int(cached)
 
 
 class StepMemory:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
@@ -49,8 +49,10 @@ class Compute:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM end a run after the current step, with a checkpoint; a second Ctrl-C ends
-    it at once. Catches them inside a `with`; `received` is the first of them, or None.
+    """Ctrl-C, SIGTERM and SIGHUP end a run after the current step, with a checkpoint; a second
+    Ctrl-C ends it at once. Catches them inside a `with`; `received` is the first of them, or None.
+
+    SIGHUP says that the terminal was closed. nohup has it ignored, and so it stays.
     """
 
     def __init__(self) -> None:
@@ -58,8 +60,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.note)
         except ValueError:
             pass  # not in the main thread: the caller looks after signals
         return self
@@ -79,7 +82,8 @@ class StopSignals:
             self.received, self.since = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 text = b"\nstopping after this step; Ctrl-C again stops at once, without saving\n"
-                os.write(2, text)
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, text)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -101,7 +101,7 @@ class RunRecord:
         if self.is_main_process:
             row["seconds"] = round(self.seconds_before + now - self.start, 2)
             finite = {name: x if math.isfinite(x) else None for name, x in row.items()}
-            with writing(self.path, RESUME), open(self.path, "a") as file:
+            with writing(self.path, RESUME), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite) + "\n")  # JSON has no nan
             self.tracker.log(finite, step)
         self.begin_window()

@@ -73,7 +73,7 @@ def newest_whole(folder: Path) -> tuple[Path, dict] | None:
     for _, path in found:
         problem = damage(path)
         if problem is None:
-            return path, json.loads((path / "progress.json").read_text())
+            return path, json.loads((path / "progress.json").read_text("utf-8"))
         problems.append(problem)
         if path != found[-1][1]:
             print(f"warning: {problem}; falling back on the checkpoint before it")
@@ -127,7 +127,7 @@ def damage(path: Path) -> str | None:
     if not (path / "manifest.json").is_file():
         return f"{path} was never finished (it has no manifest.json)"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
     except ValueError:
         return f"{path / 'manifest.json'} is damaged"
     for name, digest in {"progress.json": "", **manifest}.items():

@@ -287,7 +287,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--deepspeed {path}: no such file; trainer/ds_zero2.json is one")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     ours = {

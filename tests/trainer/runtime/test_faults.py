@@ -3,7 +3,9 @@
 import itertools
 import multiprocessing
 import os
+import pty
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -126,7 +128,9 @@ def test_25_kills_at_random_moments_leave_no_trace(flags, spawn, tmp_path):
     assert not list(checkpoints.glob(".step-*"))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_the_run_after_a_step_and_it_is_resumed(
     number, status, flags, spawn, tmp_path
 ):
@@ -142,6 +146,33 @@ def test_a_signal_ends_the_run_after_a_step_and_it_is_resumed(
     assert 5 < step < 300
     train_pretrain.main([*flags(**options), "--from_resume"])
     assert_same_end(folder, tmp_path / "whole" / NAMES["pretrain"])
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint_but_not_under_nohup(
+    ignored, flags, tmp_path
+):
+    """In a session of its own, whose terminal goes away."""
+    options = dict(max_steps=100 if ignored else 5000, epochs=9999, val_interval=9999)
+    script = [str(ROOT / "trainer" / "train_pretrain.py"), *flags(save_interval=9999, **options)]
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    pid, terminal = pty.fork()
+    if not pid:
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does, which redirects too
+            os.dup2(os.open(tmp_path / "nohup.out", os.O_CREAT | os.O_WRONLY), 1)
+            os.dup2(1, 2)
+        os.execv(sys.executable, [sys.executable, *script])
+    end = time.monotonic() + 120
+    while len(read_metrics(folder / "metrics.jsonl")) < 5 and time.monotonic() < end:
+        time.sleep(0.05)
+        if select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 1 << 16)  # else the run waits for room
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == (0 if ignored else 129)
+    (step,) = (int(path.name.split("-")[1]) for path in (folder / "checkpoints").iterdir())
+    assert step == 100 if ignored else 5 <= step < 5000
 
 
 def test_full_sft_stops_and_resumes_as_well(flags, tmp_path, monkeypatch):
