@@ -117,10 +117,10 @@ class SFTEncoder(RowEncoder):
             "empty_think_share": self.empty_think_ratio,
             "seed": self.seed,
             "prompts": SYSTEM_PROMPTS,
-            **self.turns(),
+            **self.turn_options(),
         }
 
-    def turns(self) -> dict:
+    def turn_options(self) -> dict:
         """The options about turns, if they are set: older caches do not name them."""
         both = {"keep_thoughts": self.keep_thoughts, "last_turn_only": self.last_turn_only}
         return {name: True for name, value in both.items() if value}
@@ -162,9 +162,10 @@ class SFTEncoder(RowEncoder):
         if not self.keep_thoughts or not any(map(_thinks, messages[:last])):
             return [messages]
         questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        # what stands before the first question is learned with the first turn
         return [
             [*map(_untrained, messages[:start]), *messages[start:end]]
-            for start, end in pairwise([*questions, len(messages)])
+            for start, end in pairwise([0, *questions[1:], len(messages)])
         ]
 
     def augment(self, messages: list[dict], draw_key: int) -> list[dict]:
@@ -226,7 +227,7 @@ class ReasonEncoder(SFTEncoder):
             "direct_share": self.direct_ratio,
             "empty_think_share": self.empty_think_ratio,
             "seed": self.seed,
-            **self.turns(),
+            **self.turn_options(),
         }
 
     def augment(self, messages: list[dict], draw_key: int) -> list[dict]:

@@ -144,6 +144,11 @@ class PairEncoder(RowEncoder):
 
     def side(self, messages: list[dict], shared: int, branch: int) -> Side:
         """A conversation whose first `shared` messages are the prompt."""
+        if any(message.get("train") is False for message in messages[shared:]):
+            raise ValueError(
+                "the compared answer is not to be trained. Leave the row out, or its weight."
+            )
+        messages = [{**message, "train": True} for message in messages]  # before: it is the prompt
         input_ids, is_target = encode_conversation(self.tokenizer, messages)
         is_answer = [message["role"] == "assistant" for message in messages]
         # of the spans: one for each message of the assistant

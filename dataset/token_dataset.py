@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataset.chat.format import check_conversation, normalize_conversation
-from dataset.chat.spellings import read_messages
+from dataset.chat.spellings import WEIGHTS, read_messages
 from dataset.files.hashes import fingerprint, hash64, remembered_sha256, scramble, tokenizer_sha256
 from dataset.files.jsonl import find_shards, in_fraction, iter_lines, parse_row
 from dataset.files.outputs import locked, why_unwritable
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 # raise it when the same row gives other sequences than before: old caches are then left alone
 FORMAT_VERSION = 3
-SAME_VERSION = 2  # whose sequences are the same, unless rows are respelled: its runs resume
+# before: it learned other spellings as text and refused fewer rows. Where the report has neither
+# such rows nor skipped ones, its sequences are the same, and its runs resume
+FORMER_VERSION = 2
 # of our tokenizer and of those that public data is formatted for
 SPECIAL = re.compile(
     r"<\|\w+\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<functioncall>"
@@ -66,7 +68,7 @@ def is_empty_answer(message: dict) -> bool:
 def check_no_tools(row: dict) -> None:
     """ValueError if a row has tools or a system prompt next to its conversation."""
     for key in ("tools", "system"):
-        if row.get(key):
+        if row.get(key) not in (None, "", [], "[]"):
             raise ValueError(
                 f'"{key}" next to the conversation. `python dataset/prepare_data.py convert` puts '
                 "it on the system message."
@@ -117,7 +119,8 @@ class RowEncoder(ABC):
         for i, message in enumerate(found):
             if is_empty_answer(message):
                 raise ValueError(f"message {i}: the answer is empty. Fill it, or leave it out.")
-        if found != messages and normalize_conversation(found) != normalize_conversation(messages):
+        plain = [{k: x for k, x in one.items() if k not in WEIGHTS} for one in messages]
+        if normalize_conversation(found) != normalize_conversation(plain):
             self.notes["respelled"] = ""
         texts = (message.get(key) for message in found for key in ("content", "reasoning_content"))
         self.note_special("\n".join(filter(None, texts)))
@@ -195,7 +198,8 @@ class TokenDataset:
         sources, cache_dir = find_shards(data_path), Path(cache_dir or DEFAULT_CACHE)
         problem = why_unwritable(cache_dir)  # of no concern where all is cached
         memory = None if problem else cache_dir / "file_hashes"
-        names = _cache_names(encoder, sources, memory, FORMAT_VERSION)
+        hashes = [remembered_sha256(path, memory) for path, _ in sources]
+        names = _cache_names(encoder, sources, hashes, FORMAT_VERSION)
         folders = [cache_dir / name for name in names]
         is_cached = all(map(Path.exists, folders))
         if problem and not is_cached:
@@ -210,8 +214,8 @@ class TokenDataset:
                 _open_or_encode(folder, pool, *source)
         self.table = TokenTable(*folders)
         self.report, self.lengths = self.table.report, self.table.lengths
-        if not self.report.rows_respelled:
-            names = _cache_names(encoder, sources, memory, SAME_VERSION)
+        if not self.report.rows_respelled and not self.report.rows_skipped:
+            names = _cache_names(encoder, sources, hashes, FORMER_VERSION)
         self.fingerprint = fingerprint(caches=names)
         if not len(self.table):
             raise ValueError(
@@ -269,7 +273,7 @@ class TokenDataset:
 
 
 def _cache_names(
-    encoder: RowEncoder, sources: list[tuple[str, float]], memory: Path | None, version: int
+    encoder: RowEncoder, sources: list[tuple[str, float]], hashes: list[str], version: int
 ) -> list[str]:
     common = dict(
         format=version,
@@ -281,8 +285,8 @@ def _cache_names(
     )
     # the key is "share" for the sake of caches that are there already
     return [
-        fingerprint(**common, file=remembered_sha256(path, memory), share=fraction)
-        for path, fraction in sources
+        fingerprint(**common, file=sha256, share=fraction)
+        for sha256, (_, fraction) in zip(hashes, sources)
     ]
 
 

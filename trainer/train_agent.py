@@ -50,9 +50,11 @@ class AgentArgs(PolicyArgs):
         "advantages in a group, with the clipped loss or CISPO's; or against a remembered value",
         choices=list(CLIP),
     )
-    epsilon: float | None = arg(None, "lower bound of the clip: 1 - this", aliases=("clip_low",))
+    epsilon: float | None = arg(
+        None, "lower bound of the clip: 1 - this (default: by --loss_type)", aliases=("clip_low",)
+    )
     epsilon_high: float | None = arg(
-        None, "upper bound of the clip: 1 + this", aliases=("clip_high",)
+        None, "upper bound of the clip: 1 + this (default: by --loss_type)", aliases=("clip_high",)
     )
     tools: str = arg("", "a Python file with tools of your own (default: those of the toy world)")
     tool_timeout: float = arg(5.0, "seconds that a tool may take", aliases=("tool_seconds",))

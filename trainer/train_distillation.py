@@ -43,7 +43,8 @@ from trainer.runtime.train_args import ConversationArgs, deepspeed_stage
 @dataclass
 class DistillationArgs(ConversationArgs):
     data_path: list[str] = arg(
-        [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
+        [],
+        "rows of conversations; FILE@0.4 takes that fraction of them (default: see docs/training.md)",
     )
     from_weight: str = arg(
         "none",
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher = load_teacher(args, tokenizer, run.device)
         teacher_name = run.ranks.from_main(lambda: network_sha256(teacher))
         train_set, val_sets = open_datasets(
-            run, tokenizer, SFTDataset, ["sft_train.jsonl"], seed=args.seed, **args.turns()
+            run, tokenizer, SFTDataset, ["sft_train.jsonl"], seed=args.seed, **args.turn_options()
         )
         optimizer = build_optimizer(model, args)
         batches = training_batches(run, train_set, tokenizer.pad_token_id)

@@ -32,7 +32,8 @@ from trainer.runtime.train_args import ConversationArgs
 @dataclass
 class SFTArgs(ConversationArgs):
     data_path: list[str] = arg(
-        [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
+        [],
+        "rows of conversations; FILE@0.4 takes that fraction of them (default: see docs/training.md)",
     )
     from_weight: str = "pretrain"
     save_weight: str = "full_sft"
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             system_prompt_ratio=args.system_prompt_ratio,
             empty_think_ratio=args.empty_think_ratio,
-            **args.turns(),
+            **args.turn_options(),
         )
         optimizer = build_optimizer(model, args)
         batches = training_batches(run, train_set, tokenizer.pad_token_id)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class LoRAArgs(ConversationArgs):
     data_path: list[str] = arg(
         [],
-        "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world's, "
+        "rows of conversations; FILE@0.4 takes that fraction of them (default: see docs/training.md; the toy world's, "
         "and some of the rows that the network was fine-tuned on)",
     )
     from_weight: str = arg(
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         # few new rows, seen often, among more old ones, seen seldom: else the old skills are lost
         toy_files = 6 * ["lora_train.jsonl"] + ["sft_train.jsonl@0.5"]
         train_set, val_sets = open_datasets(
-            run, tokenizer, SFTDataset, toy_files, seed=args.seed, **args.turns()
+            run, tokenizer, SFTDataset, toy_files, seed=args.seed, **args.turn_options()
         )
         settings = args.settings()
         add_adapter(model, settings)  # from here on all other weights are frozen

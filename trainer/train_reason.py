@@ -47,7 +47,8 @@ from trainer.runtime.train_args import ConversationArgs
 @dataclass
 class ReasonArgs(ConversationArgs):
     data_path: list[str] = arg(
-        [], "rows of conversations; FILE@0.4 takes that fraction of them (default: the toy world)"
+        [],
+        "rows of conversations; FILE@0.4 takes that fraction of them (default: see docs/training.md)",
     )
     from_weight: str = "full_sft"
     save_weight: str = "reason"
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             direct_ratio=args.direct_ratio,
             empty_think_ratio=args.empty_think_ratio,
-            **args.turns(),
+            **args.turn_options(),
         )
         prompts = bare_prompts(list(val_sets.values()), tokenizer, args.format_prompts)
         optimizer = build_optimizer(model, args)

@@ -79,10 +79,15 @@ def encode_conversation(
     text, position = rendered[0], 0
     input_ids, is_target = [], []
     answers = (message for message in messages if message["role"] == "assistant")
-    wanted = [message.get("train", True) for message in answers]  # one span each
-    for (start, end), is_wanted in zip(
-        [*spans[0], (len(text), len(text))], [*wanted, False], strict=True
-    ):
+    wanted = [message.get("train", True) for message in answers]
+    if all(wanted):
+        wanted = [True] * len(spans[0])
+    elif len(wanted) != len(spans[0]):
+        raise ValueError(
+            "an answer is not to be trained, but the chat template marks no single answers "
+            "({% generation %}). Use one that does."
+        )
+    for (start, end), is_wanted in zip([*spans[0], (len(text), len(text))], [*wanted, False]):
         for piece, trained in ((text[position:start], False), (text[start:end], is_wanted)):
             ids = encode(piece)
             input_ids += ids

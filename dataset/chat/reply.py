@@ -154,7 +154,7 @@ class ReplyParser:
             return
         end = self.buffer.find(END_CALL, start)
         while end >= 0:
-            call = _read_call(self.buffer[start + len(CALL) : end])
+            call = read_call(self.buffer[start + len(CALL) : end])
             if call:
                 self._open(events, start, call[0])
                 events += [CallArguments(self.num_calls, call[1]), CallEnd(self.num_calls)]
@@ -239,7 +239,7 @@ def _parse_json(text: str) -> Any:
     return value
 
 
-def _read_call(text: str) -> tuple[str, str] | None:
+def read_call(text: str) -> tuple[str, str] | None:
     """(name, arguments as JSON) of the text inside `<tool_call>` tags; None if it is no call."""
     call = _parse_json(text)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+BAD_ARCHIVE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 FOREIGN_BYTES = "surrogateescape"  # byte 0xff becomes U+DCFF, which no UTF-8 text can hold
 
 
@@ -70,7 +71,7 @@ def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
             # a binary file is cut at b"\n" and nowhere else
             for line_no, raw in enumerate(file, start=1):
                 yield line_no, raw.decode("utf-8-sig" if line_no == 1 else "utf-8", FOREIGN_BYTES)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    except BAD_ARCHIVE as error:
         raise ValueError(
             f"{path}:{line_no + 1}: damaged archive ({error}). Fetch or compress it again."
         ) from error

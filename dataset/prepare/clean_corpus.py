@@ -20,7 +20,7 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from dataset.files.jsonl import dump_row, parse_row
+from dataset.files.jsonl import FOREIGN_BYTES, dump_row, parse_row
 from dataset.files.outputs import check_outputs, scratch_folder, whole_file
 from dataset.files.processes import WorkerPool
 from dataset.prepare import near_duplicates as near
@@ -192,7 +192,10 @@ def _kept_blocks(
     for block in iter_blocks(paths):
         kept = []
         for line_no, line in block.lines:
-            now = (block.file_index << FILE_SHIFT | line_no, len(line.encode()) + 1)
+            now = (
+                block.file_index << FILE_SHIFT | line_no,
+                len(line.encode("utf-8", FOREIGN_BYTES)) + 1,
+            )
             if row == len(verdicts.place) or now != (verdicts.place[row], verdicts.size[row]):
                 raise ValueError(
                     f"{block.path}:{line_no}: the file has changed while it was cleaned. Start "
@@ -203,7 +206,11 @@ def _kept_blocks(
             elif rejected_file:
                 reason = REASONS[verdicts.reason[row]]
                 entry = {"reason": reason, "where": describe(verdicts, row, paths)}
-                entry["row"] = line if reason == "bad_row" else parse_row(line)
+                if reason == "bad_row":  # which may hold bytes that are not UTF-8
+                    raw = line.encode("utf-8", FOREIGN_BYTES)
+                    entry["row"] = raw.decode("utf-8", "backslashreplace")
+                else:
+                    entry["row"] = parse_row(line)
                 rejected_file.write(dump_row(entry))
             row += 1
         yield LineBlock(block.path, block.file_index, kept)

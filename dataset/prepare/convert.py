@@ -29,7 +29,7 @@ from dataset.files.jsonl import dump_row, parse_row
 from dataset.files.outputs import check_outputs, whole_file
 from dataset.prepare.cleaning import VERIFIED
 from dataset.prepare.foreign_files import SPLITS, read_any
-from dataset.prepare.glaive import from_glaive
+from dataset.prepare.glaive import SPEAKER, from_glaive
 
 PROMPTS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("input", "context")  # of a prompt: stands below it
@@ -115,7 +115,7 @@ def detect(row: dict) -> str:
     conversation = _as_json(row.get(_first(row, MESSAGES)))
     if isinstance(conversation, list) and conversation and isinstance(conversation[0], dict):
         return "sharegpt" if "from" in conversation[0] else "messages"
-    if isinstance(row.get("chat", row.get("sample")), str):
+    if SPEAKER.match(str(row.get("chat", row.get("sample", "")))):
         return "glaive"
     if any(row.get(key) is not None for key in PROMPTS) and any(
         row.get(key) is not None for key in RESPONSES
@@ -232,7 +232,7 @@ def _message(i: int, item) -> dict:
     calls = item.get("tool_calls") or (item.get("function_call") and [item["function_call"]])
     if role == "function_call":
         role, content, calls = "assistant", "", _calls(i, content)
-    if isinstance(content, list):  # parts
+    if isinstance(content, list) and role != "tool":  # parts
         if any(
             not isinstance(part, dict) or not isinstance(part.get("text"), str) for part in content
         ):

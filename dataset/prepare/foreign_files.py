@@ -12,9 +12,21 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from dataset.files.jsonl import FOREIGN_BYTES, check_exists, open_binary, utf8_lines
+from dataset.files.jsonl import BAD_ARCHIVE, FOREIGN_BYTES, check_exists, open_binary, utf8_lines
 
-WRAPPERS = ("data", "rows", "train", "examples", "items", "instances", "samples", "records")
+WRAPPERS = (
+    "data",
+    "rows",
+    "train",
+    "test",
+    "validation",
+    "examples",
+    "items",
+    "instances",
+    "samples",
+    "records",
+)
+ROW_KEYS = {"text", "conversations", "messages", "chosen", "instruction", "prompt", "question"}
 SPLITS = ("paragraphs", "file", "lines")
 
 
@@ -26,19 +38,31 @@ def read_any(path: str | Path, split: str = "paragraphs") -> Iterator[tuple[int,
     """
     path = Path(path)
     check_exists(path)
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".xz")]
-    reader = READERS.get(suffixes[-1] if suffixes else "")
+    reader = READERS.get(kind_of(path))
     if reader is None:
         raise ValueError(f"{path}: unknown file type. Known are {', '.join(READERS)}.")
     return reader(path, split)
 
 
+def kind_of(path: Path) -> str:
+    """The ending that says what a file holds, without the one that says how it is packed."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings[-1:] in ([".gz"], [".xz"]):
+        endings = endings[:-1] or [".jsonl"]
+    return endings[-1] if endings else ""
+
+
 def _read_json(path: Path, split: str):
-    with open_binary(path) as file:
-        is_list = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    is_lines = ".json" not in path.suffixes and not is_list
     try:
-        rows = None if is_lines else _whole_json(path)
+        with open_binary(path) as file:
+            is_list = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        rows = _whole_json(path) if is_list or kind_of(path) == ".json" else None
+    except BAD_ARCHIVE as error:
+        raise ValueError(
+            f"{path}: damaged archive ({error}). Fetch or compress it again."
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: lists or objects nested too deeply. Repair it.") from error
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise ValueError(f"{path}: not JSON ({error}). Repair it.") from error
@@ -57,8 +81,14 @@ def _whole_json(path: Path):
     value = json.loads(text, parse_constant=lambda name: None)
     if not isinstance(value, dict):
         return value
-    inner = next((value[key] for key in WRAPPERS if isinstance(value.get(key), list)), None)
-    return [value] if inner is None else inner
+    lists = [key for key in WRAPPERS if isinstance(value.get(key), list)]
+    if not lists or value.keys() & ROW_KEYS:
+        return [value]
+    if len(lists) > 1:
+        raise ValueError(
+            f"{path}: several lists, {', '.join(lists)}. Give a file with one of them."
+        )
+    return value[lists[0]]
 
 
 def _read_parquet(path: Path, split: str):
@@ -91,7 +121,7 @@ def _without_nulls(value):
 def _read_table(path: Path, split: str):
     csv.field_size_limit(2**31 - 1)
     lines = (line for _, line in utf8_lines(path))
-    delimiter = "\t" if ".tsv" in str(path).lower() else ","
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
     table = csv.DictReader(lines, delimiter=delimiter, strict=True)
     line_no = 0
     try:

@@ -25,10 +25,10 @@ def from_glaive(row: dict) -> dict:
 
 def tools_of(text: str) -> dict:
     """Return {"content", "tools"} of a system text that ends with JSON objects; {} without one."""
-    start, tools, decoder = text.find("{"), [], json.JSONDecoder()
+    start, tools, decoder = text.find("\n{"), [], json.JSONDecoder()
     if start < 0:
         return {}
-    position = start
+    position = start + 1
     while position < len(text):
         try:
             tool, position = decoder.raw_decode(text, position)

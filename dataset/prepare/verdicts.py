@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.files.jsonl import iter_lines, parse_row
+from dataset.files.jsonl import FOREIGN_BYTES, iter_lines, parse_row
 from dataset.prepare import near_duplicates as near
 from dataset.prepare.cleaning import (
     Limits,
@@ -124,7 +124,9 @@ def analyze_block(
         for i in np.flatnonzero((items >= 0) & (reason == 0)):
             reason[i] = CODES["contaminated"]
             details[int(place[i])] = f"shares text with {index.places[items[i]]}"
-    size = np.array([len(line.encode()) + 1 for _, line in block.lines], np.int64)
+    size = np.array(
+        [len(line.encode("utf-8", FOREIGN_BYTES)) + 1 for _, line in block.lines], np.int64
+    )
     key = np.frombuffer(b"".join(map(text_key, texts)), np.uint64).reshape(-1, 2)
     signature, bands = _signatures(tokens, rows, is_document, options)
     return Analysis(place, size, reason, key, signature, bands, details)

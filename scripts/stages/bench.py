@@ -42,6 +42,7 @@ class Bench:
         args = self.args
         first = ["--save_dir", args.save_dir, "--save_weight", name, "--seed", seed]
         first += ["--device", args.device, "--log_interval", 20, "--val_interval", 10**6]
+        first += [] if "--data_path" in flags else ["--data_path", "toy"]
         flags = [str(flag) for flag in (*first, *flags)]
         if args.max_steps:
             flags += ["--max_steps", str(args.max_steps)]

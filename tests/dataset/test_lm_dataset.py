@@ -392,13 +392,24 @@ def test_reasoning_in_another_spelling_is_learned_as_reasoning_and_counted(sft, 
     assert "read from another spelling: " in str(dataset.report)
 
 
-def test_only_respelled_rows_change_the_fingerprint(sft, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "is_same"),
+    [
+        ([chat()], True),
+        ([chat(answer="<think>r</think>4.")], True),
+        ([chat(weight=1)], True),
+        ([chat(answer="r\n</think>\n\n4.")], False),
+        ([chat(), chat(train=False)], False),
+        ([chat(), chat(answer="")], False),  # skipped, and was not
+    ],
+)
+def test_only_rows_that_are_read_in_another_way_change_the_fingerprint(
+    rows, is_same, sft, monkeypatch
+):
     """So that a run that was begun before other spellings were read resumes."""
-    plain, respelled = [chat()], [chat(answer="r\n</think>\n\n4.")]
-    now = [sft(rows).fingerprint for rows in (plain, respelled)]
+    now = sft(rows, bad_rows="skip").fingerprint
     monkeypatch.setattr("dataset.token_dataset.FORMAT_VERSION", 2)
-    before = [sft(rows).fingerprint for rows in (plain, respelled)]
-    assert now[0] == before[0] and now[1] != before[1]
+    assert (sft(rows, bad_rows="skip").fingerprint == now) == is_same
 
 
 def test_an_answer_of_weight_zero_is_read_and_not_learned(sft, tokenizer):
@@ -427,6 +438,10 @@ def test_reasoning_of_earlier_turns_is_counted_or_kept(sft, tokenizer):
         "<think>\ntwo\n</think>\n\nsecond<|im_end|>",
     ]
     assert kept.report.rows_lost_thoughts == 0 and kept.report.rows_used == 1
+    greeting = {"role": "assistant", "content": "Hello."}
+    greeted = sft([{"conversations": [greeting, *row["conversations"]]}], keep_thoughts=True)
+    assert targets_of(tokenizer, greeted, 0).startswith("Hello.<|im_end|><think>\none")
+    assert "Hello" not in targets_of(tokenizer, greeted, 1)
     assert text_of(tokenizer, kept, 1) == text_of(tokenizer, dataset, 0)
 
 

@@ -472,3 +472,22 @@ def test_answers_cut_to_the_same_words_are_left_out(pairs, end):
     for max_seq_len in range(40, 200, 9):
         dataset = pairs([row, good], max_seq_len)
         assert dataset.report.rows_too_long == 1 and len(dataset) == 1
+
+
+def test_weights_of_a_pair(pairs, tokenizer):
+    """Before the compared answers they mean nothing; on these they are a mistake."""
+    start = [*chat("q", "a", weight=0)["conversations"], {"role": "user", "content": "r"}]
+    row = {
+        side: [*start, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    plain = {
+        side: [{**one, "weight": 1} if one["role"] == "assistant" else one for one in row[side][:3]]
+        + row[side][3:]
+        for side in row
+    }
+    assert parts(tokenizer, pairs([row])[0]) == parts(tokenizer, pairs([plain])[0])
+    row["chosen"][-1]["weight"] = 0
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:1: the compared answer is not to be trained"
+    ):
+        pairs([row])

@@ -437,3 +437,15 @@ def test_a_cluster_keeps_the_same_rows(corpus, tmp_path):
             Path(tmp_path, f"ray{name}.jsonl").read_bytes()
             == Path(tmp_path, f"local{name}.jsonl").read_bytes()
         )
+
+
+def test_clean_drops_a_row_with_a_byte_that_is_not_utf8_and_names_it(tmp_path):
+    path, out, rejected = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    good = json.dumps(
+        {"text": "A text that is long enough to be kept by the rules of cleaning. " * 5}
+    )
+    path.write_bytes(good.encode() + b'\n{"text": "\xff"}\n')
+    main(["clean", str(path), "--out", str(out), "--rejected", str(rejected), "--num_proc", "1"])
+    assert out.read_text("utf-8") == good + "\n"
+    (row,) = map(json.loads, rejected.read_text("utf-8").splitlines())
+    assert row["reason"] == "bad_row" and "not UTF-8 (byte 0xff" in json.dumps(row)

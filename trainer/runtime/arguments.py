@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import re
 import sys
 import traceback
 import types
@@ -77,9 +78,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
         known = [name for action in shown for name in action.option_strings]
-        if message.startswith("unrecognized arguments: --"):
-            unknown = message.split()[2].split("=")[0]
-            if explained := EXPLAINED.get(unknown.removeprefix("--")):
+        words = message.removeprefix("unrecognized arguments: ").split()
+        unknown = next((word.split("=")[0] for word in words if word.startswith("--")), "")
+        if message.startswith("unrecognized arguments: ") and unknown:
+            explained = EXPLAINED.get(unknown.removeprefix("--").replace("-", "_"), "")
+            named = re.findall(r"--\w+", explained)
+            if explained and set(named) <= set(known):
                 super().error(f"{unknown} is not a flag here: {explained}")
             begins = [name for name in known if name.startswith(unknown)]
             near = list(dict.fromkeys([*difflib.get_close_matches(unknown, known), *begins]))[:2]
@@ -156,14 +160,14 @@ def check_flags(cls: type, module_name: str) -> None:
 def check_positive(args: Any, *names: str) -> None:
     """ValueError unless each of these flags is above 0, or None."""
     for name in names:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name} {getattr(args, name)}: give more than 0")
 
 
 def check_not_negative(args: Any, *names: str) -> None:
     """ValueError unless each of these flags is 0 or more, or None."""
     for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 0:
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
             raise ValueError(f"--{name} {getattr(args, name)}: give 0 or more")
 
 

@@ -15,8 +15,8 @@ from trainer.runtime.process import Compute
 from trainer.runtime.run import Inspected, Run
 
 TOY = ROOT / "dataset" / "toy_mini"
-USUAL_FOLDER = ROOT / "dataset"
-USUAL = {  # files that tutorials of this model family tell people to put there, by stage
+DATASET = ROOT / "dataset"
+USUAL_FILES = {  # files that tutorials of this model family tell people to put there, by stage
     "pretrain": ("pretrain_t2t_mini.jsonl", "pretrain_t2t.jsonl", "pretrain_hq.jsonl"),
     "sft": ("sft_t2t_mini.jsonl", "sft_t2t.jsonl", "sft_mini_512.jsonl", "sft_512.jsonl"),
     "lora": ("lora_medical.jsonl", "lora_identity.jsonl"),
@@ -37,7 +37,8 @@ def open_datasets(
 ) -> tuple[Any, dict[str, Any]]:
     """(training set, {name: validation set}) of the files of --data_path.
 
-    Without --data_path: the toy world's `toy_files`, validated on `toy_val`, if there is one.
+    Without --data_path: see `use_default_data`; the toy world's `toy_files` are validated on
+    `toy_val`, if there is one.
     kind(paths, tokenizer, max_seq_len, **options) makes a dataset. With --inspect the sequences are
     shown and the run ends.
     """
@@ -57,19 +58,23 @@ def open_datasets(
 
 
 def use_default_data(run: Run, toy_files: list[str], toy_val: str | None = None) -> None:
-    """Without --data_path, take a file of a usual name in dataset/, else the toy world."""
+    """Without --data_path, take a file of a usual name in dataset/, else the toy world.
+
+    --data_path toy is the toy world in any case.
+    """
     args = run.args
-    if args.data_path:
+    if args.data_path and args.data_path != ["toy"]:
         return
     stage = toy_files[0].split("_")[0]
-    found = [str(path) for name in USUAL[stage] if (path := USUAL_FOLDER / name).is_file()]
-    if found:
+    found = [str(path) for name in USUAL_FILES[stage] if (path := DATASET / name).is_file()]
+    if found and not args.data_path:
         args.data_path = found[:1]
         run.print0(f"no --data_path: learning from {found[0]}")
         return
     from dataset.toy_world import write_world
 
-    run.print0("no --data_path: learning from the toy world, an invented one with small questions")
+    if not args.data_path:
+        run.print0("no --data_path: learning from the toy world, invented, with small questions")
     run.ranks.from_main(lambda: write_world("mini", TOY))
     args.data_path = [str(TOY / name) for name in toy_files]
     if toy_val and not args.val_path and not {"val_ratio", "val_max_rows"} & args.given:

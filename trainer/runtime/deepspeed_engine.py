@@ -183,8 +183,10 @@ def remove_abandoned_lock(path: Path) -> None:
     """Remove torch's mark of a build if no process holds it open, as each builder does."""
     import psutil  # DeepSpeed installs it
 
+    path = path.resolve()
     if path.exists():
         for process in psutil.process_iter(["open_files"]):
             if str(path) in (file.path for file in process.info["open_files"] or ()):
                 return
+        print(f"removed {path}: the process that built this op was killed", flush=True)
         path.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of a .jsonl about later steps than `step`, and a half-written last one.
+    """Drop the lines of a .jsonl about later steps than `step`, and all from a damaged one on.
 
     Returns the other rows. Step 0 keeps none: what was logged before the first step comes again.
     """

@@ -265,7 +265,7 @@ class ConversationArgs(TrainArgs):
         False, "learn only what follows the user's last message", aliases=("mask_history",)
     )
 
-    def turns(self) -> dict[str, bool]:
+    def turn_options(self) -> dict[str, bool]:
         """The two flags as options of a dataset."""
         return {"keep_thoughts": self.keep_thoughts, "last_turn_only": self.last_turn_only}
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -550,3 +551,18 @@ def test_many_threads_may_encode_at_once(tokenizer):
             )
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_a_template_that_marks_no_answers_serves_prompts(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert plain.decode(encode_prompt(plain, messages)) == "user: a\nassistant: b\nuser: c\n"
+    with pytest.raises(ValueError, match="the chat template marks no single answers"):
+        encode_prompt(plain, [{**messages[1], "train": False}, messages[0]])

@@ -1,5 +1,7 @@
 """Tool calls, reasoning and weights as public data spells them, against messages in our form."""
 
+import time
+
 import pytest
 
 from dataset.chat.spellings import read_messages, split_reasoning
@@ -30,6 +32,8 @@ def result(text):
         [user("<tool_response> is a tag"), answer("<tool_call> is no JSON </tool_call>")],
         [user("Action: f\nAction Input: {}"), answer("Action: none")],
         [user(), answer("a", tool_calls=[CALL]), user("Observe: this"), answer("b")],
+        [answer("a"), answer("", tool_calls=[CALL], reasoning_content="r")],
+        [answer("a"), answer("", tool_calls="not JSON")],
     ],
 )
 def test_messages_in_our_form_stay_as_they_are(messages):
@@ -97,7 +101,7 @@ def test_a_call_in_every_spelling(text):
 
 def test_arguments_as_json_in_single_quotes():
     text = """<functioncall> {"name": "say", "arguments": '{"text": "it\\'s"}'}"""
-    call = {"name": "say", "arguments": '{"text": "it\'s"}'}
+    call = {"name": "say", "arguments": {"text": "it's"}}
     assert read_messages([answer(text)]) == [answer("", tool_calls=[call])]
 
 
@@ -124,10 +128,82 @@ def test_a_call_in_a_message_of_its_own_joins_the_answer_before_it():
     assert len(read_messages(unlearned)) == 2
 
 
-def test_a_text_behind_a_call_is_refused():
-    text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>\nDone.'
-    with pytest.raises(ValueError, match=r"message 1: the text 'Done\.' stands behind a tool call"):
-        read_messages([user(), answer(text)])
+CALL_TEXT = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{CALL_TEXT}\nDone.",
+        f"Write `{CALL_TEXT}`",
+        f"Write\n```\n{CALL_TEXT}\n```",
+        f"```\n{CALL_TEXT}",
+        "Put the JSON within <tool_call></tool_call> tags.",
+        "<tool_call>[]</tool_call>",
+        *(
+            f"<tool_call>{call}</tool_call>"
+            for call in (
+                '{"name": "Bob"}',
+                '{"name": "f", "args": {"x": 1}}',
+                '{"name": "", "arguments": {}}',
+                '{"name": "f", "arguments": "x=1"}',
+                '{"name": "f", "arguments": [1]}',
+                '{"name": "f", "arguments": {"x": NaN}}',
+                '{"name": "f", "arguments": {"x": 1e999}}',
+                '{"name": "f", "arguments": {"x": "\\ud800"}}',
+                "{'name': 'f', 'arguments': {'x': {1, 2}}}",
+                "{'name': 'f', 'arguments': {'x': b'1'}}",
+            )
+        ),
+        "The model stops at\n\n```\n</think>\n```\nand then answers.",
+        'Here is XML:\n<thought id="1">\nfoo\n</thought>\nDone.',
+        "```xml\n<note>\n  <reasoning level='2'>x\n  </reasoning>\n</note>\n```",
+        "<reasoning>\n  <step>1</step>\n</reasoning>",
+        "It thinks in `<think>`\nand `\n</think>\nends it.",
+        "Observation: it turned red.\nThought: acid.\nFinal Answer: HCl",
+        "Action: think\nThen go on.",
+        "Action: f\nAction: g\nAction Input: {}",
+        "Action: get_time\nAction Input: weather in Oslo",
+        "Action: the tool\nAction Input: the input to the tool",
+        "```\nAction: f\nAction Input: {}\n```",
+        "Final Answer: 4",
+    ],
+)
+def test_prose_code_and_what_is_no_call_stay_text(text):
+    assert read_messages([user(), answer(text)]) == [user(), answer(text)]
+
+
+def test_code_behind_reasoning_stays_whole():
+    code = "```\n<think>\nyour reasoning\n</think>\nyour answer\n```\n    indented"
+    assert split_reasoning(f"<think>\nr\n</think>\n\n{code}") == ("\nr\n", code)
+    assert split_reasoning("<think>r</think>\n<think>s</think>\n    indented") == (
+        "r\n\ns",
+        "    indented",
+    )
+    review = "<review>\n<reasoning>Good plot</reasoning>\n</review>"
+    assert split_reasoning(f"<think>r</think>\n{review}") == ("r", review)
+
+
+def test_reading_takes_no_time_on_long_texts():
+    long = 100_000
+    texts = [
+        " " * long,
+        "<think>\n" * long,
+        "<think>a</think>" + "<think>\n" * long,
+        "<tool_call>" * long,
+        "<tool_call>" * long + "</tool_call>",
+        "<think>a</think><answer>" + " " * long,
+        "Thought: a\n" * long,
+        "Action Input: " + "[" * long,
+        "<tool_call>" + "[" * long + "</tool_call>",
+    ]
+    start = time.process_time()
+    for text in texts:
+        read_messages([answer(text)])
+    for role in ("user", "tool", "system"):
+        for text in ("<tool_response>" * long, "<tools>[" * long, " " * long):
+            read_messages([{"role": role, "content": text}])
+    assert time.process_time() - start < 20  # quadratic: minutes
 
 
 def test_results_that_are_objects():
@@ -152,24 +228,39 @@ def test_a_react_trace_in_one_message_or_in_several():
     first, last = REACT.split(" 19:02\n")
     messages = [user(), answer(first), user("Observation: 19:02"), answer(last)]
     assert read_messages(messages) == read
-    with pytest.raises(ValueError, match="Action Input 'Oslo' is no JSON object"):
-        read_messages([answer("Action: get_time\nAction Input: Oslo")])
+    (thought,) = read_messages([answer("Thought: b\nFinal Answer: c", reasoning_content="a")])
+    assert thought == answer("c", reasoning_content="a\nb")
+
+
+def test_words_of_the_user_after_a_result_stay_the_users():
+    talk = [answer("", tool_calls=[CALL]), result("1"), user("Observation: my cat is sick.")]
+    assert read_messages(talk) == talk
+
+
+QWEN = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
+    "provided with function signatures within <tools></tools> XML tags:\n<tools>\n{}\n</tools>"
+    "\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+HERMES = (
+    "You call functions. Here are the available tools: <tools> {} </tools> Use the following "
+    'pydantic model json schema for each tool call you will make: {"title": "Call"} For each '
+    "function call return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags as follows:\n<tool_call>\n{'name': <name>}\n</tool_call>"
+)
 
 
 @pytest.mark.parametrize(
     ("content", "rest"),
     [
-        (
-            "You call functions. Here are the available tools: <tools> {} </tools> "
-            "Use the following schema: ...\n<tool_call>\n{...}\n</tool_call>",
-            "You call functions.",
-        ),
-        (
-            "Be brief.\n\n# Tools\n\nYou may call one or more.\n<tools>\n{}\n</tools>\n\n"
-            "For each function call, return\n<tool_call>\n...\n</tool_call>",
-            "Be brief.",
-        ),
-        ("<tools>{}</tools>", ""),
+        (HERMES, "You call functions."),
+        (f"Be brief.\n\n{QWEN}", "Be brief."),
+        (f"{QWEN}\n\nAnswer in French.", "Answer in French."),
+        ("You are Bob with these tools:\n<tools>{}</tools>", "You are Bob with these tools:"),
+        ("# Rules\nUse French.\n<tools>{}</tools>", "# Rules\nUse French."),
+        ("<tools>{}</tools> To call a taxi, wave.", "To call a taxi, wave."),
     ],
 )
 def test_tools_inside_a_system_prompt(content, rest):
@@ -179,6 +270,9 @@ def test_tools_inside_a_system_prompt(content, rest):
         assert system["tools"] == str([TOOL]).replace("'", '"')
     given = {"role": "system", "content": content.replace("{}", f"[{TOOL}]"), "tools": [TOOL]}
     assert read_messages([given]) == [{"role": "system", "content": rest, "tools": [TOOL]}]
+    for no_tools in ("[]", "{}", "[1]", '[{"a": 1}]'):
+        empty = {"role": "system", "content": f"<tools>{no_tools}</tools>"}
+        assert read_messages([empty]) == [empty]
     others = {**given, "tools": [{"name": "other"}]}
     assert read_messages([others]) == [others]
 

@@ -52,6 +52,10 @@ def test_text_files(tmp_path):
     [
         ("a.json", b'{"data": ["T"]}', "no list of objects"),
         ("a.json", b"[", "not JSON"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.json", b'{"train": [{}], "test": [{}]}', "several lists, train, test"),
+        ("a.json.gz", gzip.compress(b"[1, 2, 3]" * 99)[:-9], "damaged archive"),
+        ("a.jsonl.xz", b"no archive", "damaged archive"),
         ("a.csv", b'text\ngood\n"never closed\nand so on\n', r"a\.csv:3: no row of a table"),
         ("a.parquet", b"PAR1", "damaged Parquet file"),
         ("a.doc", b"x", "unknown file type"),
@@ -98,10 +102,14 @@ ROW = {"instruction": "Q", "output": "A"}
         ("lines.jsonl.gz", f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n"),
         ("list.json.gz", json.dumps([ROW, ROW])),
         ("table.csv.xz", "instruction,output\nQ,A\nQ,A\n"),
+        ("upper.JSON", json.dumps({"data": [ROW, ROW]}, indent=1)),
+        ("folder.tsv/a.csv", "instruction,output\nQ,A\nQ,A\n"),
+        ("lines.gz", f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n"),
     ],
 )
 def test_rows_are_found_in_whatever_holds_them(tmp_path, name, text):
     write = {".gz": gzip.open, ".xz": lzma.open}.get(f".{name.split('.')[-1]}", open)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     with write(tmp_path / name, "wt", encoding="utf-8") as file:
         file.write(text)
     rows = [row for _, row in read_any(tmp_path / name)]

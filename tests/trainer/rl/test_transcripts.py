@@ -54,6 +54,18 @@ def test_lines_of_later_steps_and_half_a_line_are_dropped(run):
     assert [row["step"] for row in lines(run)] == [2] * 3 + [4]
 
 
+def test_all_from_a_damaged_line_on_is_dropped(run):
+    transcripts = Transcripts(run, 0)
+    for step in (2, 4):
+        transcripts.write(step, samples(0.0))
+    path = run.folder / "transcripts.jsonl"
+    path.write_bytes(
+        path.read_bytes().replace(b'{"step": 4', b'{"st\xff": 4,\n') + b'{"step": 4}\n'
+    )
+    Transcripts(run, 4)
+    assert [row["step"] for row in lines(run)] == [2]
+
+
 def test_nothing_is_written_by_other_ranks_or_if_none_is_wanted(run):
     run.args.num_transcripts = 0
     Transcripts(run, 0).write(2, samples(1.0))

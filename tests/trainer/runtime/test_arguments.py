@@ -23,6 +23,7 @@ from trainer.runtime.arguments import (
 )
 from trainer.runtime.foreign_flags import EXPLAINED
 from trainer.runtime.train_args import TrainArgs
+from trainer.train_agent import AgentArgs
 from trainer.train_full_sft import SFTArgs
 from trainer.train_pretrain import PretrainArgs
 
@@ -64,7 +65,11 @@ def test_switches_take_nothing_or_a_word(written, expected):
         (Example, ["--nmber", "1"], "did you mean --number"),
         (Example, ["--num", "1"], "did you mean --number"),
         (PretrainArgs, ["--beta", "0.1"], "did you mean --beta2?"),
-        (PretrainArgs, ["--reward_model_path", "x"], "--rewards model:FOLDER=1"),
+        (PretrainArgs, ["--reward_model_path", "x"], "unrecognized arguments: --reward_model_path"),
+        (PretrainArgs, ["--warmup-steps", "9"], "--warmup_ratio, a fraction of all steps"),
+        (SFTArgs, ["x", "--bf16"], "is not a flag here: --dtype bfloat16"),
+        (SFTArgs, ["--learning_rate", "nan"], "give more than 0"),
+        (AgentArgs, ["--reward_model_path", "x"], "--rewards model:FOLDER=1"),
         (SFTArgs, ["--keep_thoughts", "--last_turn_only"], "leave one out"),
         (PretrainArgs, ["--batch_size", "0"], "--batch_size 0: give more than 0"),
         (PretrainArgs, ["--grad_clip", "-1"], "--grad_clip -1.0: give 0 or more"),

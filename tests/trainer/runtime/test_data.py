@@ -95,12 +95,16 @@ def test_without_data_the_toy_world_is_written_and_used(make_run, tmp_path, monk
 
 
 def test_without_data_a_file_of_the_usual_name_is_used(make_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "USUAL_FOLDER", tmp_path)
+    monkeypatch.setattr(data, "DATASET", tmp_path)
     path = tmp_path / "sft_t2t_mini.jsonl"
     path.write_text("{}")
     run = make_run(data_path=None)
     use_default_data(run, ["sft_train.jsonl"], "sft_heldout.jsonl")
     assert run.args.data_path == [str(path)] and run.args.val_path == []
+    monkeypatch.setattr(data, "TOY", tmp_path / "toy")
+    run = make_run(data_path=["toy"])
+    use_default_data(run, ["sft_train.jsonl"], "sft_heldout.jsonl")
+    assert run.args.data_path == [str(tmp_path / "toy" / "sft_train.jsonl")]
     assert f"no --data_path: learning from {path}" in capsys.readouterr().out
 
 
