@@ -32,8 +32,7 @@ from trainer.runtime.train_args import ConversationArgs
 @dataclass
 class SFTArgs(ConversationArgs):
     data_path: list[str] = arg(
-        [],
-        "rows of conversations; FILE@0.4 takes that fraction of them (default: see docs/training.md)",
+        [], "rows of conversations; FILE@0.4: that fraction of them (default: see docs/training.md)"
     )
     from_weight: str = "pretrain"
     save_weight: str = "full_sft"

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 class LoRAArgs(ConversationArgs):
     data_path: list[str] = arg(
         [],
-        "rows of conversations; FILE@0.4 takes that fraction of them (default: see docs/training.md; the toy world's, "
-        "and some of the rows that the network was fine-tuned on)",
+        "rows of conversations; FILE@0.4: that fraction of them (default: see docs/training.md; "
+        "the toy world's and some of the rows that the network was fine-tuned on)",
     )
     from_weight: str = arg(
         "full_sft", "the network to adapt: a name in SAVE_DIR, checkpoint folder or .pth file"

@@ -31,8 +31,7 @@ from trainer.runtime.train_args import TrainArgs
 @dataclass
 class PretrainArgs(TrainArgs):
     data_path: list[str] = arg(
-        [],
-        'rows {"text": "..."}; FILE@0.4 takes that fraction of them (default: see docs/training.md)',
+        [], 'rows {"text": "..."}; FILE@0.4: that fraction of them (default: see docs/training.md)'
     )
     save_weight: str = "pretrain"
     learning_rate: float = 2e-3

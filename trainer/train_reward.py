@@ -38,7 +38,7 @@ from trainer.runtime.train_args import TrainArgs
 @dataclass
 class RewardArgs(TrainArgs):
     data_path: list[str] = arg(
-        [], "rows of pairs; FILE@0.4 takes that fraction of them (default: see docs/training.md)"
+        [], "rows of pairs; FILE@0.4: that fraction of them (default: see docs/training.md)"
     )
     from_weight: str = "full_sft"
     save_weight: str = "reward"

@@ -28,7 +28,7 @@ class PolicyArgs(TrainArgs):
     """The flags that every stage of reinforcement learning has."""
 
     data_path: list[str] = arg(
-        [], "rows of prompts; FILE@0.4 takes that fraction of them (default: see docs/training.md)"
+        [], "rows of prompts; FILE@0.4: that fraction of them (default: see docs/training.md)"
     )
     from_weight: str = arg(
         "full_sft", "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file"
