@@ -425,3 +425,24 @@ def test_keys_of_messages_that_are_left_out_are_named(tmp_path):
     assert "left out: name of messages (1 rows)" in str(
         convert([tmp_path / "a.jsonl"], tmp_path / "b.jsonl")
     )
+
+
+def test_datasets_reads_strings_of_a_converted_file_as_strings(tmp_path):
+    """It takes "007" for 7 in a column whose rows differ in type; here no column does."""
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"messages": [{**USER, "content": text}, ASSISTANT], "tools": tools}
+        for text, tools in (("007", TOOLS), ("null", None), ("[1]", json.dumps(TOOLS)))
+    ]
+    rows.append({"messages": [USER, {**ASSISTANT, "content": None, "tool_calls": [CALL]}]})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert([tmp_path / "a.jsonl"], tmp_path / "b.jsonl")
+    read = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "b.jsonl"), split="train", cache_dir=str(tmp_path)
+    )
+    for row, (_, ours) in zip(read, read_rows(tmp_path / "b.jsonl"), strict=True):
+        found = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in row["conversations"]
+        ]
+        assert found == ours["conversations"]
