@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from model.files import write_json
+from model.files import as_typed, write_json
 from scripts.checkpoint import WeightArgs, load_checkpoint
 from trainer.runtime.arguments import (
     arg,
@@ -110,6 +110,7 @@ class EvalArgs(WeightArgs):
 
     def check(self) -> None:
         """ValueError for values out of range and for flags without effect."""
+        self.prompt, self.system = as_typed(self.prompt), as_typed(self.system)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p}: give a probability above 0, up to 1")
         check_not_negative(self, "temperature", "top_k", "historys", "seed")

@@ -39,6 +39,13 @@ def forgive_text() -> None:
             stream.reconfigure(errors="replace")
 
 
+def as_typed(text: str | None) -> str | None:
+    """A text of the command line; bytes that the locale cannot read are read as UTF-8."""
+    if not text or not any("\udc80" <= char <= "\udcff" for char in text):
+        return text
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
 @contextmanager
 def writing(path: str | Path, then: str = "") -> Iterator[None]:
     """Around code that writes to `path`: an OSError becomes one that names the file and the fix."""

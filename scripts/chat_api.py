@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.chat.tools import ToolBox, load_tools
 from dataset.toy.tools import TOY_TOOLS
+from model.files import as_typed
 from trainer.runtime.arguments import arg, check_positive, command, parse_args
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ChatArgs:
     max_tokens: int = arg(512, "longest completion, in tokens")
 
     def check(self) -> None:
+        self.prompt = as_typed(self.prompt)
         check_positive(self, "max_tokens")
         self.box = toolbox(self.tools)
         if not 0 <= self.temperature <= 2:

@@ -35,7 +35,7 @@ from dataset.toy.rows import question_of_item
 from dataset.toy.scorer import Question, hold_all, wilson
 from dataset.toy.tools import TOY_TOOLS
 from dataset.toy.world import make_world
-from model.files import write_json
+from model.files import as_typed, write_json
 from scripts.checkpoint import WeightArgs
 from trainer.runtime.arguments import arg, check_not_negative, check_positive, command, parse_args
 
@@ -61,6 +61,7 @@ class ToolEvalArgs(WeightArgs):
     json: str = arg("", "write the table to this file too")
 
     def check(self) -> None:
+        self.prompt = as_typed(self.prompt)
         check_positive(self, "limit", "max_new_tokens")
         check_not_negative(self, "max_rounds", "show")
         if self.tools and self.prompt is None and not self.data_path:

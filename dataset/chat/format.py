@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from dataset.files.jsonl import check_utf8
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +50,9 @@ def encode_conversation(
     messages, tools = normalize_conversation(messages, tools)
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     pattern = _special_pattern(tuple(special))
-    stand_in = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
+    content = json.dumps([messages, tools], ensure_ascii=False, default=str)
+    check_utf8(content)
+    stand_in = _unused_character(content)
 
     def hide(value):
         if isinstance(value, str):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from model.files import file_sha256, flush, replace_file, write_json, writing
+from model.files import as_typed, file_sha256, flush, replace_file, write_json, writing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +97,11 @@ def test_a_terminal_that_cannot_spell_a_character_shows_a_question_mark():
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     assert (done.returncode, done.stdout.strip()) == (0, b"caf? ?"), done.stderr
+
+
+def test_a_text_of_the_command_line_that_the_locale_cannot_read_is_read_as_utf8():
+    assert as_typed(os.fsdecode(b"caf\xff")) == "caf\ufffd"
+    assert as_typed("加") == "加" and as_typed("") == "" and as_typed(None) is None
 
 
 def test_every_program_forgives():
