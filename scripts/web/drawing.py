@@ -1,6 +1,7 @@
 """Turns on the screen; a running one is drawn again and again, and only changes are sent."""
 
 import json
+import re
 
 import streamlit as st
 
@@ -9,6 +10,24 @@ from scripts.web.text import t
 
 TICK = 0.08  # seconds between two looks at the output
 USER, ASSISTANT = ":material/person:", ":material/neurology:"
+
+CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+
+
+def as_written(text: str) -> str:
+    """Markdown that shows an answer as the model wrote it: Markdown, without Streamlit's own signs.
+
+    Outside of code `3~5` is not struck through, `:red[a]`, `:smile:` and `:material/home:` are
+    text, and a line ends where it ends.
+    """
+    parts = CODE.split(text)
+    for i in range(0, len(parts), 2):
+        part = parts[i].replace("~", r"\~")
+        # no escape keeps icons from being drawn: a word joiner, which nobody sees, does
+        part = re.sub(r":(?=material/|[\w+-]+:)", ":\u2060", part)
+        part = re.sub(r":(?=[\w+-]+\[)", r"\\:", part)
+        parts[i] = re.sub(r"(?<!\n)\n(?!\n)", "  \n", part)
+    return "".join(parts)
 
 
 def show_question(text: str) -> None:
@@ -102,14 +121,14 @@ class CompletionView:
             self.status = self.reasoning_place.status(t("writing"), state="running")
             self.reasoning = self.status.empty()
         if self._changed("reasoning", text):
-            self.reasoning.markdown(text)
+            self.reasoning.markdown(as_written(text))
         if self._changed("is_open", is_open) and not is_open:
             self.status.update(label=t("reasoning"), state="complete")
 
     def _draw_text(self, text: str, is_running: bool) -> None:
         shown = text.strip() + (" ▌" if is_running else "")
         if self._changed("text", shown) and shown:
-            self.text.markdown(shown)
+            self.text.markdown(as_written(shown))
 
 
 def show_call(name: str, arguments: dict, result: str) -> None:

@@ -89,6 +89,16 @@ def test_a_tool_call_is_shown_with_its_result(browser, scripted):
     )
 
 
+def test_signs_of_an_answer_are_shown_as_it_wrote_them(browser, scripted):
+    page = open_page(browser, scripted)
+    ask(page, "signs")
+    page.get_by_text("bold").wait_for(timeout=30_000)
+    shown = page.locator("[data-testid=stMarkdown]").filter(has_text="bold")
+    text = shown.inner_text().replace("\u2060", "")
+    assert text == "3~5天，7~9天\n:red[a] :smile: :material/home: at 12:30:45\nbold a~b :smile:"
+    assert shown.locator("strong").inner_text() == "bold" and not shown.locator("del").count()
+
+
 def test_thinking_is_folded_until_it_is_clicked(browser, scripted):
     page = open_page(browser, scripted)
     ask(page, "hi")

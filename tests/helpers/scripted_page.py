@@ -22,6 +22,8 @@ from scripts.web_demo import ROOT, WebArgs, parse_args
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "model")
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "27 * 34"}}\n</tool_call>'
 
+SIGNS = "3~5天，7~9天\n:red[a] :smile: :material/home: at 12:30:45\n**bold** `a~b :smile:`"
+
 
 def reply_to(prompt: str) -> Iterable[str]:
     """Pieces of the completion of a prompt."""
@@ -31,6 +33,8 @@ def reply_to(prompt: str) -> Iterable[str]:
         return [CALL[i : i + 8] for i in range(0, len(CALL), 8)]
     if "count" in prompt:
         return (f"{n} " for n in itertools.count(1))
+    if "signs" in prompt:
+        return [SIGNS]
     return ["<think>", "\nBe brief.\n", "</think>", "\n\n", "Hello."]
 
 

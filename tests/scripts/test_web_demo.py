@@ -18,6 +18,7 @@ from model.engine import Output
 from scripts import web_demo
 from scripts.web import engines, text
 from scripts.web.conversation import Conversation, Settings, Turn
+from scripts.web.drawing import as_written
 from scripts.web.run_folders import find_checkpoints
 from tests.helpers.checkpoints import ROOT
 from tests.helpers.own_tools import write_tools
@@ -317,7 +318,7 @@ def test_tools_are_not_run_for_ever_nor_without_being_chosen(out, monkeypatch, t
     assert len(at.code) == 8 and "too many rounds of tools" in at.caption[-1].value
     fake(monkeypatch, tokenizer, CALL)
     at = ask(app(monkeypatch, out), "27 * 34?")
-    assert not at.code and CALL in shown(at)
+    assert not at.code and as_written(CALL) in shown(at)
 
 
 def test_tools_of_the_users_own_file(out, monkeypatch, tokenizer, tmp_path):
@@ -501,3 +502,11 @@ def test_curves_of_the_chosen_runs_are_drawn_and_follow_them(out, monkeypatch):
 
 def test_without_runs_the_page_of_curves_says_so(monkeypatch, tmp_path):
     assert "no run" in app(monkeypatch, tmp_path, "curves").info[0].value
+
+
+def test_signs_that_streamlit_would_obey_are_escaped_outside_of_code():
+    assert as_written("3~5 `a~b`\nx\n\ny") == "3\\~5 `a~b`  \nx\n\ny"
+    assert as_written(":red[a] http://b") == "\\:red[a] http://b"
+    assert as_written(":smile: :material/home:") == ":\u2060smile: :\u2060material/home:"
+    code = "```\n:smile: ~\n"  # still being written
+    assert as_written(code) == code
