@@ -115,7 +115,9 @@ def stage_of(path: str, bad_rows: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line of `dataset/lm_dataset.py`."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Show the sequences that a data file becomes in training."
+        prog="lm_dataset.py",
+        allow_abbrev=False,
+        description="Show the sequences that a data file becomes in training.",
     )
     parser.add_argument(
         "--inspect", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.xz"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataset.chat.format import check_conversation, normalize_conversation
+from dataset.chat.format import check_answers, check_conversation, normalize_conversation
 from dataset.chat.spellings import WEIGHTS, read_messages
 from dataset.files.hashes import fingerprint, hash64, remembered_sha256, scramble, tokenizer_sha256
 from dataset.files.jsonl import find_shards, in_fraction, iter_lines, parse_row
@@ -55,14 +55,6 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     added = set(tokenizer.get_added_vocab().values())
     spellings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return np.array([0 if i in added else len(spelling) for i, spelling in enumerate(spellings)])
-
-
-def is_empty_answer(message: dict) -> bool:
-    """Whether an assistant's message that is trained on says nothing at all."""
-    if message["role"] != "assistant" or message.get("tool_calls"):
-        return False
-    said = (message.get("content") or "") + (message.get("reasoning_content") or "")
-    return message.get("train", True) and not said.strip()
 
 
 def check_no_tools(row: dict) -> None:
@@ -116,9 +108,7 @@ class RowEncoder(ABC):
         """
         found = read_messages(messages)
         check_conversation(found)
-        for i, message in enumerate(found):
-            if is_empty_answer(message):
-                raise ValueError(f"message {i}: the answer is empty. Fill it, or leave it out.")
+        check_answers(found)
         plain = [{k: x for k, x in one.items() if k not in WEIGHTS} for one in messages]
         if normalize_conversation(found) != normalize_conversation(plain):
             self.notes["respelled"] = ""

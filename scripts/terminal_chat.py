@@ -117,6 +117,8 @@ class Talk:
             self.save(rest)
         elif name == "/save" and rest:
             print("[there is nothing to save yet]")
+        elif name == "/help":
+            print(HELP)
         else:
             print(f"[not understood: {line}]\n{HELP}")
 

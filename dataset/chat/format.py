@@ -133,6 +133,15 @@ def check_conversation(messages: Any, tools: Any = None) -> None:
         _check_message(i, message)
 
 
+def check_answers(messages: list[dict]) -> None:
+    """Raise ValueError if an assistant's message that is trained on says nothing at all."""
+    for i, message in enumerate(messages):
+        said = (message.get("content") or "") + (message.get("reasoning_content") or "")
+        is_trained = message["role"] == "assistant" and message.get("train", True)
+        if is_trained and not message.get("tool_calls") and not said.strip():
+            raise ValueError(f"message {i}: the answer is empty. Fill it, or leave it out.")
+
+
 def _check_message(i: int, message: dict) -> None:
     role, content = message.get("role"), message.get("content")
     if "from" in message and role is None:

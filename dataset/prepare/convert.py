@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from dataset.chat.format import check_conversation
+from dataset.chat.format import check_answers, check_conversation
 from dataset.chat.spellings import REASONING, WEIGHTS, read_messages
 from dataset.files.jsonl import dump_row, parse_row
 from dataset.files.outputs import check_outputs, whole_file
@@ -66,6 +66,8 @@ def convert_row(row: dict, format: str = "auto") -> dict:
         if key != "text":
             converted[key] = [_with_json_calls(one) for one in read_messages(messages)]
             check_conversation(converted[key])
+            if not any(row.get(name) is not None for name in VERIFIED):  # a prompt has no answer
+                check_answers(converted[key])
     if "conversations" in converted:
         if format != "alpaca":  # where "answer" is the response
             converted |= {key: row[key] for key in VERIFIED if row.get(key) is not None}

@@ -86,7 +86,9 @@ class _Parser(argparse.ArgumentParser):
             if explained and set(named) <= set(known):
                 super().error(f"{unknown} is not a flag here: {explained}")
             begins = [name for name in known if name.startswith(unknown)]
-            near = list(dict.fromkeys([*difflib.get_close_matches(unknown, known), *begins]))[:2]
+            spelled = unknown.replace("-", "_").replace("__", "--", 1)
+            similar = difflib.get_close_matches(spelled, known, cutoff=0.75)
+            near = list(dict.fromkeys([*similar, *begins]))[:2]
             message += f"; did you mean {' or '.join(near)}?" if near else ""
         super().error(message)
 
@@ -154,7 +156,18 @@ def check_flags(cls: type, module_name: str) -> None:
     """
     if module_name == "__main__":
         forgive_text()
+        sys.excepthook = without_traceback_of_interrupts
         parse_args(cls)
+
+
+def without_traceback_of_interrupts(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Ctrl-C while the heavy libraries load is no fault whose place matters."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted before anything was begun", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def check_positive(args: Any, *names: str) -> None:

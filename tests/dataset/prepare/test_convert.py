@@ -446,3 +446,10 @@ def test_datasets_reads_strings_of_a_converted_file_as_strings(tmp_path):
             for message in row["conversations"]
         ]
         assert found == ours["conversations"]
+
+
+def test_an_empty_answer_is_refused_but_not_after_a_prompt_with_a_checkable_answer():
+    row = {"messages": [USER, {**ASSISTANT, "content": " "}]}
+    with pytest.raises(ValueError, match="message 1: the answer is empty"):
+        convert_row(row)
+    assert convert_row({**row, "gt": ["A"]})["gt"] == ["A"]

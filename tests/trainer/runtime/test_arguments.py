@@ -65,6 +65,7 @@ def test_switches_take_nothing_or_a_word(written, expected):
         (Example, ["--nmber", "1"], "did you mean --number"),
         (Example, ["--num", "1"], "did you mean --number"),
         (PretrainArgs, ["--beta", "0.1"], "did you mean --beta2?"),
+        (PretrainArgs, ["--batch-size", "1"], "did you mean --batch_size?"),
         (PretrainArgs, ["--reward_model_path", "x"], "unrecognized arguments: --reward_model_path"),
         (PretrainArgs, ["--warmup-steps", "9"], "--warmup_ratio, a fraction of all steps"),
         (SFTArgs, ["x", "--bf16"], "is not a flag here: --dtype bfloat16"),
@@ -357,6 +358,17 @@ def test_a_script_answers_before_it_loads_what_it_does_not_need(stage, flags):
 
 
 # --- errors ---
+
+
+def test_ctrl_c_while_libraries_load_is_one_line():
+    code = (
+        "import sys, trainer.runtime.arguments as a\n"
+        "a.check_flags(type('C', (), {'__dataclass_fields__': {}}), '__main__')\n"
+        "raise KeyboardInterrupt"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (130, -2), done.stderr
+    assert done.stderr.strip() == "interrupted before anything was begun"
 
 
 def test_errors_of_ours_are_one_line_and_others_keep_their_traceback():
