@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers.runs import assert_same, interrupt, losses, metrics, weights
 from trainer import train_full_sft, train_pretrain
 from trainer.runtime import checkpoint as checkpoint_module
+from trainer.runtime import tracker
 from trainer.runtime.metrics import read_metrics
 
 STAGES = {"pretrain": train_pretrain, "sft": train_full_sft}
@@ -394,3 +395,25 @@ def test_every_stage_starts_as_a_program(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *flags])
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):
         runpy.run_path(script, run_name="__main__")
+
+
+def test_a_tracker_that_cannot_start_leaves_the_run_that_was_to_be_replaced(
+    flags, tmp_path, monkeypatch
+):
+    train_pretrain.main(flags())
+    folder = tmp_path / "out" / NAMES["pretrain"]
+    before = (folder / "model.safetensors").read_bytes()
+
+    def refuse(*given):
+        raise OSError("no key")
+
+    monkeypatch.setitem(tracker.BACKENDS, "tensorboard", refuse)
+    with pytest.raises(ValueError, match="--tracker tensorboard could not start: no key"):
+        train_pretrain.main([*flags(tracker="tensorboard"), "--overwrite"])
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert list((folder / "checkpoints").iterdir()) and read_metrics(folder / "metrics.jsonl")
+    monkeypatch.undo()
+    train_pretrain.main([*flags(tracker="tensorboard"), "--overwrite"])
+    train_pretrain.main([*flags(tracker="tensorboard"), "--overwrite"])
+    (events,) = (folder / "tensorboard").iterdir()  # of the last run alone
+    assert list(events.iterdir())

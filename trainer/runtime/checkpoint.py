@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from model.native_format import load_strictly
 from trainer.runtime.arguments import with_new_names
 from trainer.runtime.run import Run
 from trainer.runtime.run_folder import checkpoints_in, newest_whole
+from trainer.runtime.tracker import tracker_id
 
 STATE_ONLY = ("training_state.pt", "progress.json", "manifest.json")
 PUBLISHED = (
@@ -221,8 +223,12 @@ class Checkpoint:
             # at once: a part of them must never be resumed from
             (self.folder / "checkpoints").rename(old)
             shutil.rmtree(old)
-        for name in ("bad_steps", "tensorboard"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        shutil.rmtree(self.folder / "bad_steps", ignore_errors=True)
+        for path in self.folder.glob("tensorboard/*"):
+            if path.name != tracker_id(self.folder):  # the new run's has begun already
+                shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # not empty, or not there
+            (self.folder / "tensorboard").rmdir()
         for pattern in ("metrics.jsonl", "loss.png", *PUBLISHED):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)

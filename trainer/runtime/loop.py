@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from trainer.runtime.metrics import plot_curve, read_metrics
 from trainer.runtime.ranks import Ranks
 from trainer.runtime.record import RunRecord
 from trainer.runtime.run import Run, Update
+from trainer.runtime.tracker import open_tracker
 
 Evaluate = Callable[[int], tuple[dict[str, float], str]]
 
@@ -57,16 +59,22 @@ class Loop:
         self.guard, self.means = NonFiniteGuard(self.args.max_bad_steps), Means()
         self.print_plan()
         self.net = run.wrap(state.model, state.optimizer)
-        self.done, targets = self.restore()
-        self.must_evaluate = evaluate_first and self.done == 0
-        self.data = StepData(batches, self.done, self.args.num_workers, run.device)
-        self.is_stopped, self.grad_norm, self.num_updates = False, 0.0, 0
-        resolved = {
+        config = {
+            **asdict(self.args),
+            "num_steps": self.num_steps,
             "data_fingerprint": state.fingerprint,
             "arithmetic": self.checkpoint.arithmetic,
             "shape": state.model.config.to_dict(),
         }
-        record = RunRecord(run, self.done, targets, self.num_steps, resolved)
+        first = run.resume_from[1]["step"] if run.resume_from else 0
+        tracker = None
+        if run.ranks.is_main_process:  # before --overwrite deletes a run: it may refuse to start
+            tracker = open_tracker(self.args, run.folder, config, first=first)
+        self.done, targets = self.restore()
+        self.must_evaluate = evaluate_first and self.done == 0
+        self.data = StepData(batches, self.done, self.args.num_workers, run.device)
+        self.is_stopped, self.grad_norm, self.num_updates = False, 0.0, 0
+        record = RunRecord(run, self.done, targets, config, tracker)
         self.record = run.contexts.enter_context(record)
         run.contexts.enter_context(run.signals)
 

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from model.files import write_json, writing
 from trainer.runtime.costs import peak_flops
 from trainer.runtime.metrics import RESUME, keep_lines
 from trainer.runtime.run import Run
-from trainer.runtime.tracker import open_tracker
+from trainer.runtime.tracker import Tracker
 
 try:
     import resource
@@ -28,15 +27,15 @@ class RunRecord:
     """Writes metrics.jsonl and arguments.json in the run's folder, reports, shows the progress.
 
     first, targets: updates done and target tokens trained on before this process. Lines of a former
-    attempt about later steps are dropped: they will be written again. resolved: further content of
-    arguments.json, such as the data's fingerprint. Only rank 0 writes and prints. Use it in a
-    `with`.
+    attempt about later steps are dropped: they will be written again. config: of arguments.json.
+    Only rank 0 writes and prints, and has a tracker. Use it in a `with`.
     """
 
     def __init__(
-        self, run: Run, first: int, targets: int, num_steps: int, resolved: dict[str, Any]
+        self, run: Run, first: int, targets: int, config: dict[str, Any], tracker: Tracker | None
     ):
-        self.first, self.targets, self.num_steps = first, targets, num_steps
+        self.first, self.targets, self.num_steps = first, targets, config["num_steps"]
+        self.tracker = tracker
         self.device, self.is_main_process = run.device, run.ranks.is_main_process
         self.peak = peak_flops(run.device, run.dtype)
         self.path = run.folder / "metrics.jsonl"
@@ -45,11 +44,9 @@ class RunRecord:
             run.folder.mkdir(parents=True, exist_ok=True)
             kept = keep_lines(self.path, first)
             self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-            config = {**asdict(run.args), "num_steps": num_steps, **resolved}
             write_json(run.folder / "arguments.json", config)
-            self.tracker = open_tracker(run.args, run.folder, config, first=first)
         self.bar = tqdm(
-            total=num_steps,
+            total=self.num_steps,
             initial=first,
             unit="step",
             disable=not (self.is_main_process and sys.stderr.isatty()),

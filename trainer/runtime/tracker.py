@@ -187,7 +187,13 @@ def run_id(folder: Path, first: int) -> str:
     path = folder / "tracker.json"
     if not (first and path.is_file()):
         write_json(path, {"id": uuid.uuid4().hex[:21]})
-    return json.loads(path.read_text(encoding="utf-8"))["id"]
+    return tracker_id(folder)
+
+
+def tracker_id(folder: Path) -> str | None:
+    """The id in `folder`/tracker.json; None without such a file."""
+    path = folder / "tracker.json"
+    return json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
 
 
 def is_number(value: object) -> bool:

@@ -345,8 +345,8 @@ def test_weights_of_another_shape_are_refused(folder):
 def test_what_is_replaced_is_deleted_when_the_new_run_begins_and_only_once(folder):
     Toy(folder).save(7)
     for name in ("bad_steps", "tensorboard"):
-        (folder / name).mkdir()
-        (folder / name / "file").touch()
+        (folder / name / "old").mkdir(parents=True)
+        (folder / name / "old" / "file").touch()
     for name in ("metrics.jsonl", "loss.png", "chat_template.jinja", "notes.txt"):
         (folder / name).touch()
     toy = Toy(folder, overwrite=True)

@@ -1,6 +1,7 @@
 """The record of a run: speeds, ratios, lines that are taken back."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from tests.helpers.toy_runs import toy_run
 from trainer.runtime import record as record_module
 from trainer.runtime.metrics import read_metrics
 from trainer.runtime.record import RunRecord
+from trainer.runtime.tracker import open_tracker
 
 FLOPS = 1500.0  # of a step
 
@@ -25,7 +27,9 @@ def make(tmp_path, monkeypatch):
 
     def make(first=0, targets=0, num_steps=10, **flags):
         run = toy_run(tmp_path, **flags)
-        return RunRecord(run, first, targets, num_steps, {"shape": "small"}), clock
+        config = {**asdict(run.args), "num_steps": num_steps, "shape": "small"}
+        tracker = open_tracker(run.args, run.folder, config, first=first)
+        return RunRecord(run, first, targets, config, tracker), clock
 
     return make
 
