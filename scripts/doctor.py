@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from scripts.diagnosis import estimates, machine
         from trainer.runtime.run import Run
-        from trainer.runtime.train_args import TrainArgs
+        from trainer.runtime.stage_args import TrainArgs
     except ImportError as error:
         raise ImportError(
             f"{error}\nInstall the project's requirements into their own environment: bash "

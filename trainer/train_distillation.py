@@ -37,7 +37,7 @@ from trainer.runtime.arguments import (
     command,
     parse_args,
 )
-from trainer.runtime.train_args import ConversationArgs, deepspeed_stage
+from trainer.runtime.stage_args import ConversationArgs, deepspeed_stage
 
 
 @dataclass

@@ -37,7 +37,7 @@ from trainer.runtime.arguments import (
     command,
     parse_args,
 )
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 FLAGS = {  # of each loss, besides --beta
     "sigmoid": {"reference", "sft_weight", "label_smoothing"},

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.runtime.arguments import arg, check_flags, command, parse_args
-from trainer.runtime.train_args import ConversationArgs
+from trainer.runtime.stage_args import ConversationArgs
 
 if TYPE_CHECKING:
     from model.model_lora import LoRASettings

@@ -41,7 +41,7 @@ from trainer.runtime.arguments import (
     command,
     parse_args,
 )
-from trainer.runtime.train_args import ConversationArgs
+from trainer.runtime.stage_args import ConversationArgs
 
 
 @dataclass

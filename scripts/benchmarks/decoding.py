@@ -17,7 +17,7 @@ from model.presets import PRESETS
 from scripts.benchmarks.results import BenchArgs, Results
 from scripts.checkpoint import ComputeArgs
 from trainer.runtime.arguments import arg, check_positive
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 COLUMNS = """context batch_size engine tokens_per_s reference_tokens_per_s ratio ratio_range
 bandwidth_ratio same_texts"""

@@ -26,7 +26,7 @@ from model.presets import PRESETS
 from scripts.benchmarks.results import BenchArgs, Results
 from scripts.checkpoint import ComputeArgs
 from trainer.runtime.arguments import arg, check_positive, parse_args
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 SHORTEST, SPREAD = 8, 0.7  # ragged: tokens, and standard deviation of the lengths' logarithms
 COLUMNS = """lengths batch_size completions tokens tokens_per_s reference_tokens_per_s ratio

@@ -20,7 +20,7 @@ from model.presets import PRESETS
 from scripts.benchmarks.results import BenchArgs, Results
 from scripts.checkpoint import DeviceArgs
 from trainer.runtime.arguments import arg, check_positive
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 KINDS = ("no save", "waited for", "in the background")
 COLUMNS = "preset save step_s checkpoint_mb stall_s cost_s training_fraction"

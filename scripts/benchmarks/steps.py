@@ -22,7 +22,7 @@ from trainer.runtime.costs import step_work
 from trainer.runtime.data import TOY, training_batches
 from trainer.runtime.optimizers import build_optimizer
 from trainer.runtime.run import Run
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 from trainer.runtime.weights import load_network
 
 DATASETS = {"pretrain": PretrainDataset, "sft": SFTDataset}

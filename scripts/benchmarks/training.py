@@ -27,7 +27,7 @@ from model.presets import PRESETS
 from scripts.benchmarks.results import BenchArgs, Results
 from scripts.checkpoint import ComputeArgs
 from trainer.runtime.arguments import arg, check_not_negative, check_positive
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 BLOCK = 2  # steps of one side before it is the other's turn
 COLUMNS = """preset stage reference targets_per_s reference_targets_per_s ratio ratio_range limit

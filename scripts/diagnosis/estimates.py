@@ -16,7 +16,7 @@ from trainer.runtime.arguments import ROOT, parse_args
 from trainer.runtime.costs import Rates
 from trainer.runtime.memory import StepSettings, memory_bytes
 from trainer.runtime.process import Compute
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 from trainer.train_full_sft import SFTArgs
 from trainer.train_pretrain import PretrainArgs
 

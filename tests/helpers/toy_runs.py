@@ -8,7 +8,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from tests.helpers.networks import SMALL
 from trainer.runtime.optimizers import build_optimizer
 from trainer.runtime.run import Run
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 
 class ToyTokenizer:

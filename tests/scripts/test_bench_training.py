@@ -11,7 +11,7 @@ from scripts.benchmarks.steps import FirstRows, Ours, Theirs, pad
 from tests.helpers.bench import read_table, run_bench
 from tests.helpers.networks import SMALL
 from trainer.runtime.run import Run
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 
 def sequences(count=23):

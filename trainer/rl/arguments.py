@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trainer.runtime.arguments import arg, check_not_negative, check_positive
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 THINKING = {"model": None, "on": True, "off": False}  # --enable_thinking as `encode_prompt` has it
 BACKENDS = ("vllm", "sglang")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
-from trainer.runtime.train_args import TrainArgs, read_deepspeed_config
+from trainer.runtime.stage_args import TrainArgs, read_deepspeed_config
 
 STATES = ("exp_avg", "exp_avg_sq")  # of AdamW, per parameter
 

@@ -9,7 +9,7 @@ import torch
 
 from model.model_minimind import MiniMindConfig
 from trainer.runtime.costs import active_width
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 MARGIN = 0.9  # of the free memory may be planned for: the estimate is rough, and memory fragments
 OWN_GROUPS = Path("/proc/self/cgroup")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 # Five steps of this quintic bring singular values from (0.01, 1] to about [0.7, 1.2] (Jordan 2024).
 COEFFICIENTS, STEPS = (3.4445, -4.7750, 2.0315), 5

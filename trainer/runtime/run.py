@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.runtime.memory import StepMemory, StepSettings, memory_fix
 from trainer.runtime.process import Compute, StopSignals, is_out_of_memory, seed_everything
-from trainer.runtime.train_args import TrainArgs, read_deepspeed_config
+from trainer.runtime.stage_args import TrainArgs, read_deepspeed_config
 
 
 class Update(NamedTuple):

@@ -22,7 +22,7 @@ from trainer.runtime.arguments import (
     with_new_names,
 )
 from trainer.runtime.foreign_flags import EXPLAINED
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 from trainer.train_agent import AgentArgs
 from trainer.train_full_sft import SFTArgs
 from trainer.train_pretrain import PretrainArgs

@@ -12,7 +12,7 @@ from tests.helpers.runs import assert_close_runs
 from trainer.runtime.arguments import ROOT
 from trainer.runtime.deepspeed_engine import remove_abandoned_lock
 from trainer.runtime.metrics import read_metrics
-from trainer.runtime.train_args import TrainArgs, read_deepspeed_config
+from trainer.runtime.stage_args import TrainArgs, read_deepspeed_config
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 NAMES = {"pretrain": "pretrain_32x2", "sft": "full_sft_32x2"}

@@ -11,7 +11,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.runtime.evaluation import bits_per_byte, sample
 from trainer.runtime.run import Run
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 ROOT = Path(__file__).resolve().parents[3]
 

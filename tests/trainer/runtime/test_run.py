@@ -11,7 +11,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from tests.helpers.networks import SMALL
 from trainer.runtime.optimizers import OptimizerGroup, build_optimizer
 from trainer.runtime.run import Inspected, Run
-from trainer.runtime.train_args import TrainArgs
+from trainer.runtime.stage_args import TrainArgs
 
 X = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 2.0], [0.0, 1.0, -2.0]])
 

@@ -14,6 +14,7 @@ from tests.helpers.checkpoints import load_tokenizer, random_network
 from tests.helpers.rows import chat, write
 from trainer.runtime import think_format
 from trainer.runtime.run import Run
+from trainer.runtime.stage_args import TrainArgs
 from trainer.runtime.think_format import (
     bare_prompts,
     format_ratios,
@@ -22,7 +23,6 @@ from trainer.runtime.think_format import (
     switch_endings,
     think_ids,
 )
-from trainer.runtime.train_args import TrainArgs
 
 
 @pytest.fixture(scope="module")
