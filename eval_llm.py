@@ -110,6 +110,7 @@ class EvalArgs(WeightArgs):
 
     def check(self) -> None:
         """ValueError for values out of range and for flags without effect."""
+        super().check()
         self.prompt, self.system = as_typed(self.prompt), as_typed(self.system)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p}: give a probability above 0, up to 1")

@@ -41,6 +41,7 @@ from .adapter_format import (
     read_metadata,
     write_adapter,
 )
+from .legacy_format import lora_factors
 from .model_minimind import Experts, expert_linear
 from .native_format import network_sha256
 
@@ -177,10 +178,15 @@ def chosen_layers(model: PreTrainedModel, target_modules: list[str] | None) -> l
 def read_fitting(model: PreTrainedModel, folder: str | Path) -> dict[str, Factors]:
     """`read_adapter`, and ValueError if the network lacks one of its layers or has another shape.
 
-    A warning if the folder says that it was trained on other weights; PEFT's own folders do not
-    say.
+    Also reads the `.pth` files of this family. A warning if the folder says that it was trained on
+    other weights; PEFT's own folders do not say.
     """
-    adapter, layers = read_adapter(folder), adaptable_layers(model)
+    is_pth, layers = Path(folder).suffix == ".pth", adaptable_layers(model)
+    if is_pth:
+        pairs = lora_factors(folder, model.config.head_dim)
+        adapter = {layer: Factors(A, B, 1.0) for layer, (A, B) in pairs.items()}
+    else:
+        adapter = read_adapter(folder)
     for layer, (A, B, *_) in adapter.items():
         if layer not in layers:
             raise ValueError(
@@ -192,7 +198,7 @@ def read_fitting(model: PreTrainedModel, folder: str | Path) -> dict[str, Factor
                 f"{folder}: {layer} is {own} in the network, {shape} in the adapter; the adapter "
                 "is for another one"
             )
-    trained_on = read_metadata(folder).get("base_sha256")
+    trained_on = None if is_pth else read_metadata(folder).get("base_sha256")
     if trained_on and trained_on != network_sha256(model):
         warnings.warn(
             f"{folder} was trained on another network than this (or before others were merged into "

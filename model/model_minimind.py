@@ -32,7 +32,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 
-from .native_format import load_strictly, read_config, read_pth, read_state, write_folder
+from .legacy_format import read_pickle, shape_of
+from .native_format import load_strictly, our_names, read_config, read_state, write_folder
 from .presets import PRESETS
 
 
@@ -673,13 +674,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
     def read_weights(self, folder: str | Path) -> dict[str, torch.Tensor]:
         """The state dict of a folder, under our names. ValueError if it is damaged."""
-        return read_state(folder, self.config.num_experts)
+        return read_state(folder, self.config)
 
     @classmethod
-    def from_pth(cls, path: str | Path, config: MiniMindConfig) -> "MiniMindForCausalLM":
-        """Read a `.pth` state dict, named as in Llama or Qwen3, into the network of `config`."""
-        model = cls(config)
-        load_strictly(model, read_pth(path, config.num_experts), Path(path))
+    def from_pth(cls, path: str | Path, **known: object) -> "MiniMindForCausalLM":
+        """Read a `.pth` file of this family, of any age. `known`: see `legacy_format.shape_of`."""
+        state = read_pickle(path)
+        model = cls(MiniMindConfig(**shape_of(state, path, **known)))
+        load_strictly(model, our_names(state, model.config), Path(path))
         return model.eval()
 
 

@@ -16,7 +16,6 @@ Everything here is a renaming; no number changes. `MiniMindForCausalLM.save_pret
 
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import replace_file, write_json
+from .legacy_format import is_legacy_config, legacy_fields, modern_names, read_pickle
 
 if TYPE_CHECKING:
     from .model_minimind import MiniMindConfig, MiniMindPreTrainedModel
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 State = dict[str, torch.Tensor]  # parameter names to tensors
 
 # the code that a folder of our own architecture holds, for trust_remote_code
-CODE_FILES = ("model_minimind.py", "native_format.py", "presets.py", "files.py")
+CODE_FILES = (
+    *("model_minimind.py", "native_format.py", "legacy_format.py", "presets.py", "files.py"),
+)
 
 NATIVE_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -199,16 +201,13 @@ def to_native_state(state: State, config: "MiniMindConfig") -> State:
 
 
 def from_native_state(state: State, num_experts: int = 0) -> State:
-    """The names of any standard architecture, and of older `.pth` files of this family -> ours."""
-    unused = ("freqs_cos", "freqs_sin", "rotary_emb.inv_freq")
+    """The names of any standard architecture, or of `modern_names` -> ours."""
     renamed = {}
     for name, x in state.items():
-        if not name.endswith(unused):
-            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-            name = name.replace(".mlp.shared_experts.0.", ".mlp.shared_expert.")
-            for ours, theirs in GRANITE_NAMES:
-                name = name.replace(theirs, ours)
-            renamed[name] = x
+        name = name.replace(".mlp.shared_experts.0.", ".mlp.shared_expert.")
+        for ours, theirs in GRANITE_NAMES:
+            name = name.replace(theirs, ours)
+        renamed[name] = x
     for name in [name for name in renamed if name.endswith(GRANITE_SHARED)]:
         stem = name.removesuffix(GRANITE_SHARED) + ".mlp.shared_expert."
         gate, up = renamed.pop(name).chunk(2)
@@ -312,15 +311,15 @@ def read_config(folder: str | Path) -> dict[str, object]:
         ) from error
     if native.get("model_type") != "minimind":
         return minimind_fields(native, path)
+    if is_legacy_config(native):
+        return legacy_fields(native)
     not_ours = ("model_type", "architectures", "auto_map")
     return {name: value for name, value in native.items() if name not in not_ours}
 
 
-def read_state(folder: str | Path, num_experts: int = 0) -> State:
+def read_state(folder: str | Path, config: "MiniMindConfig") -> State:
     """All tensors of a folder under our names. ValueError if there are none, or damaged ones."""
     state, files = {}, sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no *.safetensors: the checkpoint was never finished")
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
@@ -329,23 +328,17 @@ def read_state(folder: str | Path, num_experts: int = 0) -> State:
             raise ValueError(
                 f"{path} is damaged ({error}); save it again or fall back on an earlier checkpoint"
             ) from error
-    return from_native_state(state, num_experts)
+    if not files:  # what transformers 4 wrote with safe_serialization=False
+        files = sorted(Path(folder).glob("pytorch_model*.bin"))
+        state = {name: x for path in files for name, x in read_pickle(path).items()}
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors: the checkpoint was never finished")
+    return our_names(state, config)
 
 
-def read_pth(path: str | Path, num_experts: int = 0) -> State:
-    """A `.pth` state dict of this model family as float32 under our names; unpickles no code."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a PyTorch state dict ({type(error).__name__}: {error})"
-        ) from error
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise ValueError(f"{path} does not hold a state dict (names to tensors)")
-    return from_native_state({name: x.float() for name, x in state.items()}, num_experts)
+def our_names(state: State, config: "MiniMindConfig") -> State:
+    """The tensors of any standard architecture, or of any age of this family, under our names."""
+    return from_native_state(modern_names(state, config.head_dim), config.num_experts)
 
 
 def load_strictly(model: torch.nn.Module, state: State, where: str | Path) -> None:

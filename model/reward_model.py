@@ -119,7 +119,7 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
 
     def read_weights(self, folder: str | Path) -> dict[str, torch.Tensor]:
         """The state dict of a folder, under our names. ValueError if it is damaged."""
-        state = read_state(folder, self.config.num_experts)
+        state = read_state(folder, self.config)
         if "score.weight" not in state:
             raise ValueError(
                 f"{folder} holds a language model, no reward model: train_reward.py makes one of it"

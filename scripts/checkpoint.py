@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from model.presets import PRESETS
 from trainer.runtime.arguments import ROOT, arg
@@ -37,15 +37,22 @@ class ComputeArgs(DeviceArgs):
 
 @dataclass
 class ShapeArgs:
-    """Where runs are found, and the shape of a .pth file, which does not hold its own."""
+    """Where runs are found, which of the runs of a name is meant, and how it is read."""
 
+    given: ClassVar[frozenset[str]] = frozenset()  # `parse_args` sets the written ones
     save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
-    preset: str = arg(
-        "", "which of the runs of that name; for a .pth file, its shape", choices=list(PRESETS)
+    preset: str = arg("", "which of the runs of that name: its shape", choices=list(PRESETS))
+    hidden_size: int | None = arg(None, "which of the runs of that name: its width")
+    num_hidden_layers: int | None = arg(None, "which of the runs of that name: its layers")
+    use_moe: bool = arg(False, "which of the runs of that name: the mixture of experts")
+    tokenizer_path: str = arg(
+        "",
+        "folder of the tokenizer (default: that of the checkpoint; for a .pth file, the one beside "
+        "it or the one that it predicts well with)",
     )
-    hidden_size: int | None = arg(None, "for a .pth file: width, in place of the preset's")
-    num_hidden_layers: int | None = arg(None, "for a .pth file: layers, in place of the preset's")
-    use_moe: bool = arg(False, "for a .pth file: it is a mixture of experts")
+    inference_rope_scaling: bool = arg(
+        False, "YaRN: stretch the positions to 16 times 2,048, for texts longer than it was trained"
+    )
 
 
 @dataclass
@@ -55,12 +62,40 @@ class WeightArgs(ComputeArgs, ShapeArgs):
     weight: str = arg(
         "full_sft", "the model: the name of a run in SAVE_DIR, a checkpoint folder, or a .pth file"
     )
+    load_from: str = arg(
+        "",
+        "the same for a checkpoint folder, as the minimind tutorials have it; a folder with a "
+        "tokenizer alone is the --tokenizer_path of --weight",
+    )
     adapter: list[str] = arg(
         [],
-        "folder of a LoRA adapter (PEFT format) to merge into the weights; the changes of several "
-        "are added up",
+        "LoRA adapters to merge into the weights: names of runs in SAVE_DIR, folders (PEFT format) "
+        "or .pth files; the changes of several are added up",
         nargs="+",
+        aliases=("lora_weight",),
     )
+
+    def check(self) -> None:
+        """Resolve --load_from. ValueError for a folder that is neither, or if it contradicts."""
+        if self.adapter == ["None"]:  # how the tutorials say none
+            self.adapter = []
+        if not self.load_from:
+            return
+        folder = Path(self.load_from)
+        if (folder / "config.json").is_file():
+            if "weight" in self.given:
+                raise ValueError(
+                    f"--load_from {folder} and --weight {self.weight} both name the model: leave "
+                    "one out"
+                )
+            self.weight = [str(folder)] if isinstance(self.weight, list) else str(folder)
+        elif not (folder / "tokenizer.json").is_file() and folder.name != "model":
+            raise ValueError(
+                f"--load_from {folder}: it has neither config.json nor tokenizer.json; give a "
+                "checkpoint folder, or leave it out and give --weight"
+            )
+        elif folder.is_dir() and folder.resolve() != ROOT / "model":  # ours is found without it
+            self.tokenizer_path = self.tokenizer_path or str(folder)
 
 
 def load_checkpoint(
@@ -75,15 +110,21 @@ def load_checkpoint(
     Adapters are merged into the weights, or, with merge=False, stay apart and are all switched on.
     Generation ends at the tokenizer's end of a turn and of a document.
     """
+    from model.legacy_format import ROPE_SCALING
     from model.model_lora import adapter_names, free_name, load_adapter, merge_adapter, set_adapter
-    from trainer.runtime.weights import read_weight, take_template
+    from trainer.runtime.weights import find_adapter, read_weight, take_template
 
     model, tokenizer = read_weight(weight, args, device)
+    if args.inference_rope_scaling:
+        model.config.rope_parameters = {**model.config.rope_parameters, **ROPE_SCALING}
+    adapters = [find_adapter(str(one), args.save_dir) for one in adapters]
     if merge:
         merge_adapter(model, *adapters)
     else:
         for folder in adapters:
-            load_adapter(model, folder, free_name(model, Path(folder).resolve().name))
+            load_adapter(
+                model, folder, free_name(model, folder.resolve().name.removesuffix(".pth"))
+            )
         set_adapter(model, adapter_names(model))
     take_template(tokenizer, adapters)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]

@@ -57,7 +57,7 @@ class ServeArgs(WeightArgs):
     )
     adapter: list[str] = arg(
         [],
-        "NAME=FOLDER: LoRA adapters (PEFT format) to serve too, on the first --weight",
+        "LoRA adapters to serve too, on the first --weight; with NAME=FOLDER clients call it NAME",
         nargs="+",
     )
     host: str = arg(
@@ -84,13 +84,11 @@ class ServeArgs(WeightArgs):
     cuda_graphs: bool = arg(False, "on a GPU: replay a step's kernels instead of launching each")
 
     def check(self) -> None:
+        super().check()
         check_positive(self, "max_batch_size", "max_len", "max_body_bytes")
         check_not_negative(self, "max_queue")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port {self.port}: give one from 0 (any that is free) to 65535")
-        for one in self.adapter:
-            if "=" not in one:
-                raise ValueError(f"--adapter {one}: give it a name, NAME={one}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ SLOW_FILES = {  # whole runs, several processes, servers: left out by -m "not sl
     ),
     *("test_train_ppo.py", "test_train_reason.py", "test_train_reward.py", "test_train_spo.py"),
     *("test_bench_stages.py", "test_bench_serving.py", "test_doctor.py", "test_chat_api.py"),
-    *("test_evaluate_stages.py", "test_reinforcement_stages.py", "test_merge_lora.py"),
+    *("test_evaluate_stages.py", "test_reinforcement_stages.py", "test_convert_model_merge.py"),
     *("test_serve_openai_api_lifecycle.py", "test_serve_openai_api_other_clients.py"),
     *("test_web_demo.py", "test_web_demo_browser.py", "test_remote_rollout.py"),
     *("test_prepare_data.py", "test_token_cache.py", "test_make_teacher_rows.py"),

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoTokenizer
 
 import eval_llm
-from model.model_lora import AdapterOnly, LoRASettings, add_adapter, merge_adapter
+from model.model_lora import AdapterOnly, LoRASettings, adapter_names, add_adapter, merge_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.reward_model import MiniMindForSequenceClassification
 from scripts.terminal_chat import Talk
+from tests.helpers.other_tokenizer import trained_network, write_other_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +37,6 @@ def out(tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "out" / name)
         tokenizer.chat_template = template if "sft" in name else None
         tokenizer.save_pretrained(tmp_path / "out" / name)
-    torch.save(model.state_dict(), tmp_path / "full_sft_16.pth")
     return tmp_path / "out"
 
 
@@ -344,31 +344,79 @@ def test_thinking_is_not_seen_by_later_rounds(out, monkeypatch):
     )
 
 
-def test_older_pth_files_load_with_what_they_had_otherwise(tmp_path, out, monkeypatch):
-    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-    from trainer.runtime.weights import legacy_config
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder as another repository has it: out/full_sft_64.pth, and its tokenizer in model/."""
+    folder = tmp_path_factory.mktemp("theirs")
+    tokenizer = write_other_tokenizer(folder / "model")
+    model = trained_network(tokenizer)
+    (folder / "out").mkdir()
+    half = {name: x.half() for name, x in model.state_dict().items()}
+    torch.save(half, folder / "out" / "full_sft_64.pth")
+    layer = "model.layers.0.self_attn.o_proj.lora."
+    lora = {f"{layer}A.weight": torch.ones(2, 64), f"{layer}B.weight": torch.ones(64, 2)}
+    torch.save(lora, folder / "out" / "lora_identity_64.pth")
+    return folder
 
-    args = eval_llm.parse_args(eval_llm.EvalArgs, ["--preset", "tiny"])
-    args.preset = "minimind-3-moe"
-    assert legacy_config(args, torch.device("cpu"), 6400).norm_topk_prob
-    args.preset = "minimind2-small"
-    assert legacy_config(args, torch.device("cpu"), 6400).rms_norm_eps == 1e-5
-    torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig.from_preset("tiny")).eval()
-    torch.save({name: x.half() for name, x in model.state_dict().items()}, tmp_path / "chat.pth")
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        [],
+        ["--hidden_size", "64"],
+        ["--hidden_size", "64", "--num_hidden_layers", "1", "--use_moe", "0"],
+        ["--load_from", "MODEL", "--weight", "full_sft"],
+        ["--lora_weight", "None"],
+    ],
+)
+def test_pth_files_load_by_their_name_with_the_tokenizer_of_their_own(written, theirs, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(Talk, "answer", lambda talk, text: loaded.append(talk))
+    written = [word.replace("MODEL", str(theirs / "model")) for word in written]
+    eval_llm.main(["--save_dir", str(theirs / "out"), "--prompt", "hi", *written])
+    ids, model = torch.arange(1, 9)[None], trained_network(theirs / "model")
+    own = loaded[0].engine.model(ids).logits
+    torch.testing.assert_close(own, model(ids).logits, rtol=1e-1, atol=1e-1)
+    vocabulary = AutoTokenizer.from_pretrained(theirs / "model").get_vocab()
+    assert loaded[0].engine.tokenizer.get_vocab() == vocabulary
+
+
+def test_adapters_are_found_by_name_and_long_contexts_asked_for(theirs, monkeypatch):
     loaded = []
     monkeypatch.setattr(Talk, "answer", lambda talk, text: loaded.append(talk.engine.model))
-    eval_llm.main(
-        flags(out, "--weight", str(tmp_path / "chat.pth"), "--preset", "tiny", "--prompt", "hi")
-    )
-    ids = torch.arange(1, 9)[None]
-    torch.testing.assert_close(loaded[0](ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)
+    common = ["--save_dir", str(theirs / "out"), "--prompt", "hi"]
+    eval_llm.main([*common, "--lora_weight", "lora_identity", "--inference_rope_scaling"])
+    assert adapter_names(loaded[0]) == ["lora_identity_64"]
+    rope = loaded[0].config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["attention_factor"]) == ("yarn", 16, 1)
+    eval_llm.main([*common, "--load_from", str(theirs / "model")])
+    assert loaded[1].config.rope_parameters["rope_type"] == "default"
 
 
-def test_pth_files_need_their_shape(out, tmp_path):
-    path = str(tmp_path / "full_sft_16.pth")
-    with pytest.raises(ValueError, match="does not fit the network"):
-        eval_llm.main(flags(out, "--weight", path, "--prompt", "hi", "--preset", "minimind2-small"))
+@pytest.mark.parametrize(
+    "written, message",
+    [
+        (["--preset", "minimind2-small"], r"full_sft_64\.pth is a 64x1, but --preset minimind2-"),
+        (["--num_hidden_layers", "2", "--hidden_size", "64"], "but --num_hidden_layers 2 asks"),
+    ],
+)
+def test_a_pth_file_decides_its_shape(written, message, theirs):
+    path = str(theirs / "out" / "full_sft_64.pth")
+    with pytest.raises(ValueError, match=message):
+        eval_llm.main(["--weight", path, "--prompt", "hi", *written])
+
+
+@pytest.mark.parametrize(
+    "written, message",
+    [
+        (["--load_from", "OUT/full_sft_16x1", "--weight", "x"], "both name the model: leave one"),
+        (["--load_from", "OUT"], "it has neither config.json nor tokenizer.json"),
+    ],
+)
+def test_load_from_that_names_nothing_is_refused(written, message, out, capsys):
+    with pytest.raises(SystemExit):
+        eval_llm.main([word.replace("OUT", str(out)) for word in written])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

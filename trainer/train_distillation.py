@@ -67,13 +67,13 @@ class DistillationArgs(ConversationArgs):
         aliases=("teacher_model_name_or_path", "from_teacher_weight"),
     )
     teacher_preset: str = arg(
-        "", "which of the runs of that name; for a .pth file, its shape", choices=list(PRESETS)
+        "", "which of the runs of that name: its shape", choices=list(PRESETS)
     )
-    teacher_hidden_size: int | None = arg(None, "width of the teacher, instead of the preset's")
+    teacher_hidden_size: int | None = arg(None, "which of the runs of that name: its width")
     teacher_num_hidden_layers: int | None = arg(
-        None, "its layers, instead of the preset's", aliases=("teacher_num_layers",)
+        None, "which of the runs of that name: its layers", aliases=("teacher_num_layers",)
     )
-    teacher_use_moe: bool = arg(False, "the teacher is a mixture of 4 experts")
+    teacher_use_moe: bool = arg(False, "which of the runs of that name: the mixture of experts")
     divergence: str = arg(
         "forward_kl",
         "of the student's distribution from the teacher's",

@@ -20,7 +20,7 @@ With the new rows alone a small network forgets most of its skills: mix in old r
 the default does, which lists the new file six times. Leave out old rows that contradict the new
 ones. The medical example of dataset/lora_examples.py is too far from the toy world for the toy
 network: give it one trained on real text. out/lora_<preset> holds the adapter alone, in PEFT's
-format: try it with eval_llm.py --adapter, or merge it with scripts/merge_lora.py.
+format: try it with eval_llm.py --adapter, or merge it with scripts/convert_model.py merge.
 """
 
 import sys

@@ -113,7 +113,9 @@ def encode_prompt(
     model. The conversation with the answer begins with these ids, unless the template drops
     reasoning that one of the two still shows.
     """
-    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    options = {}
+    if enable_thinking is not None:  # Qwen's name and that of the minimind tutorials
+        options = {"enable_thinking": enable_thinking, "open_thinking": enable_thinking}
     return encode_conversation(tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
 
 
@@ -248,4 +250,6 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     full = tokenizer.backend_tokenizer
     plain = Tokenizer(full.model)  # shares the vocabulary, copies nothing
     plain.pre_tokenizer = full.pre_tokenizer
+    if full.normalizer is not None:
+        plain.normalizer = full.normalizer
     return plain

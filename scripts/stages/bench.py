@@ -15,7 +15,7 @@ from dataset.toy.world import World
 from model.engine import Engine
 from model.model_minimind import MiniMindConfig
 from model.native_format import read_config
-from scripts.checkpoint import load_checkpoint
+from scripts.checkpoint import ShapeArgs, load_checkpoint
 from scripts.quickstart import CPU, GPU
 from scripts.toy_benchmark import evaluation_engine, toy_answers
 from trainer import train_full_sft, train_pretrain
@@ -72,7 +72,7 @@ class Bench:
     def engine(self, folder: Path, adapter: Path | None = None) -> Engine:
         """A decoding engine for a checkpoint folder, with an adapter merged into it."""
         adapters = [adapter] if adapter else []
-        model, tokenizer = load_checkpoint(str(folder), self.args, self.run.device, adapters)
+        model, tokenizer = load_checkpoint(str(folder), ShapeArgs(), self.run.device, adapters)
         return evaluation_engine(model, tokenizer, self.run)
 
     def accuracy(self, engine: Engine, questions: list[Question], **options: Any) -> float:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.chat.format import encode_prompt
 from model.engine import Engine
 from model.engine_thread import EngineThread
-from scripts.checkpoint import load_checkpoint
+from scripts.checkpoint import ShapeArgs, load_checkpoint
 from scripts.web.run_folders import RunFolder
 from trainer.runtime.process import choose_device, choose_dtype
 
@@ -67,7 +67,7 @@ def load_cached(
 ) -> Loaded:
     """The Loaded checkpoint; read anew if its `stamp` or the settings have changed."""
     device = choose_device(_args.device)
-    model, tokenizer = load_checkpoint(folder, _args, device, [adapter] if adapter else [])
+    model, tokenizer = load_checkpoint(folder, ShapeArgs(), device, [adapter] if adapter else [])
     dtype = choose_dtype(_args.dtype, device)
     engine = Engine(model, tokenizer, MAX_BATCH_SIZE, _args.max_len, dtype, _args.int8)
     return Loaded(name, EngineThread(engine), tokenizer, bool(tokenizer.chat_template))

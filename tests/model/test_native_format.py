@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindForCausalLM
 from model.native_format import CODE_FILES
-from tests.helpers.networks import REFERENCES, SHAPES, SMALL, assert_close, build, token_ids
+from tests.helpers.networks import REFERENCES, SHAPES, assert_close, build, token_ids
 
 KINDS = ("llama", "qwen3", "qwen3_moe", "granitemoeshared")
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
@@ -80,7 +80,7 @@ def test_pth_state_dicts_of_this_family(tmp_path):
     old = {f"module._orig_mod.{name}": x.half() for name, x in model.state_dict().items()}
     old["model.freqs_cos"] = torch.zeros(4)
     torch.save(old, tmp_path / "full_sft_32.pth")
-    again = MiniMindForCausalLM.from_pth(tmp_path / "full_sft_32.pth", model.config)
+    again = MiniMindForCausalLM.from_pth(tmp_path / "full_sft_32.pth")
     assert again.dtype == torch.float32
     assert_close(again(token_ids()).logits, model(token_ids()).logits, 2e-2)
 
@@ -97,7 +97,9 @@ def test_pth_state_dicts_of_this_family(tmp_path):
         else:
             old[name.replace("shared_expert.", "shared_experts.0.")] = x
     torch.save({"model": old}, tmp_path / "moe.pth")
-    again = MiniMindForCausalLM.from_pth(tmp_path / "moe.pth", shared.config)
+    again = MiniMindForCausalLM.from_pth(
+        tmp_path / "moe.pth", rms_norm_eps=1e-6, num_attention_heads=4
+    )
     assert torch.equal(again(token_ids()).logits, shared(token_ids()).logits)
 
 
@@ -147,7 +149,6 @@ def test_bad_folders_are_refused(how, message, tmp_path):
 
 
 def test_bad_pth_files_are_refused(tmp_path):
-    config = MiniMindConfig(**SMALL)
     (tmp_path / "junk.pth").write_bytes(b"not a checkpoint")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"w": 1}, tmp_path / "number.pth")
@@ -158,4 +159,4 @@ def test_bad_pth_files_are_refused(tmp_path):
         ("number.pth", "does not hold a state dict"),
     ):
         with pytest.raises(ValueError, match=message):
-            MiniMindForCausalLM.from_pth(tmp_path / name, config)
+            MiniMindForCausalLM.from_pth(tmp_path / name)

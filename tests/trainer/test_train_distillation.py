@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -277,6 +278,7 @@ def test_a_teacher_in_an_older_file_has_its_own_shape_flags(distil, teacher, tmp
     folder = write_network(tmp_path / "folder", 1, **shape)
     torch.save(MiniMindForCausalLM.from_pretrained(folder).state_dict(), tmp_path / "old.pth")
     old = dict(teacher=tmp_path / "old.pth", teacher_preset="tiny", teacher_num_hidden_layers=1)
+    shutil.copytree(folder, tmp_path / "old_tokenizer")
     for name, given in (("a", dict(teacher=folder)), ("b", old)):
         train_distillation.main(distil(save_dir=tmp_path / name, max_steps=1, val_ratio=0, **given))
     assert losses(tmp_path / "a" / NAME) == pytest.approx(losses(tmp_path / "b" / NAME), rel=1e-6)

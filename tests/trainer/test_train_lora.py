@@ -324,7 +324,7 @@ def test_what_cannot_be_adapted_is_refused_before_training(lora, tmp_path, monke
     train_lora.main(lora(max_steps=1))
     with pytest.raises(
         ValueError,
-        match=r"lora_32x2 is an adapter.*merge_lora\.py --from_weight .*base_False --adapter",
+        match=r"lora_32x2 is an adapter.*convert_model\.py merge --from_weight .*base_False",
     ):
         train_lora.main(lora(from_weight="lora"))
 

@@ -29,14 +29,17 @@ def arg(
     choices: list | None = None,
     nargs: str = "+",
     aliases: tuple[str, ...] = (),
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag; a list default is copied for each instance.
 
-    nargs: of a list. aliases: other names that the flag is known by, without dashes. They are
-    accepted and hidden. A dataclass that overrides the field inherits them; one that overrides it
-    with a plain value, as in `epochs: int = 3`, inherits everything else.
+    nargs: of a list. positional: written without a flag's name, and required. aliases: other names
+    that the flag is known by, without dashes. They are accepted and hidden. A dataclass that
+    overrides the field inherits them; one that overrides it with a plain value, as in
+    `epochs: int = 3`, inherits everything else.
     """
     metadata = {"help": help, "choices": choices, "nargs": nargs, "aliases": aliases}
+    metadata["positional"] = positional
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -104,18 +107,37 @@ class _Store(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def parse_args(cls: type, argv: Sequence[str] | None = None) -> Any:
+def parse_command(
+    commands: dict[str, type], about: str, argv: Sequence[str] | None = None
+) -> tuple[str, Any]:
+    """(name, `parse_args` of its dataclass) of a command line whose first word names a command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        allow_abbrev=False,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s COMMAND ...   (COMMAND --help lists its flags)",
+    )
+    parser.add_argument("command", choices=list(commands), metavar="|".join(commands))
+    name = parser.parse_args(argv[:1]).command
+    return name, parse_args(commands[name], argv[1:], name)
+
+
+def parse_args(cls: type, argv: Sequence[str] | None = None, command: str = "") -> Any:
     """Fill the dataclass `cls` from the command line (default: this process's), then `check()` it.
 
-    Switches work as `--flag`, `--flag 1` and `--flag 0`. `given` on the result is the set of flags
-    that were written. A mistake, in the syntax or found by `check` (ValueError), ends the program
-    with status 2 and says what to change.
+    command: the word before its flags, of a program with several commands. Switches work as
+    `--flag`, `--flag 1` and `--flag 0`. `given` on the result is the set of flags that were
+    written. A mistake, in the syntax or found by `check` (ValueError), ends the program with status
+    2 and says what to change.
     """
+    places = [name.upper() for name, flag in flags_of(cls).items() if flag.get("positional")]
     parser = _Parser(
         allow_abbrev=False,
         description=sys.modules[cls.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--flag value ...]   (--help lists the flags)",
+        usage=" ".join(["%(prog)s", *places, "[--flag value ...]   (--help lists the flags)"]),
+        prog=f"{Path(sys.argv[0]).name} {command}" if command else None,
     )
     hints, flags = typing.get_type_hints(cls), flags_of(cls)
     for one in dataclasses.fields(cls):
@@ -128,6 +150,10 @@ def parse_args(cls: type, argv: Sequence[str] | None = None) -> Any:
         elif typing.get_origin(kind) is list:
             kind, options = kind.__args__[0], options | {"nargs": flag["nargs"]}
         options |= {"type": kind, "default": argparse.SUPPRESS}
+        if flag.get("positional"):
+            del options["dest"]
+            parser.add_argument(one.name, help=_help(one, flag["help"]), **options)
+            continue
         parser.add_argument(f"--{one.name}", help=_help(one, flag["help"]), **options)
         for alias in flag["aliases"]:
             parser.add_argument(f"--{alias}", help=argparse.SUPPRESS, **options)

@@ -33,6 +33,12 @@ class TrainArgs:
         "start from this run (a name in SAVE_DIR), checkpoint folder or .pth file, or none",
         aliases=("model_name_or_path",),
     )
+    tokenizer_path: str = arg(
+        "",
+        "folder of another tokenizer, such as train_tokenizer.py writes (default: that of "
+        "--from_weight, or else MiniMind's own)",
+        aliases=("tokenizer_name_or_path",),
+    )
     from_resume: bool = arg(False, "resume an interrupted run from its last checkpoint")
     overwrite: bool = arg(False, "replace the run of that name, if there is one")
     preset: str = arg(

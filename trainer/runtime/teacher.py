@@ -25,6 +25,8 @@ def load_teacher(
 ) -> MiniMindForCausalLM:
     """The network of --teacher, frozen. ValueError without it, or if its tokenizer is another."""
     own = {name: getattr(args, f"teacher_{name}") for name in SHAPE_FLAGS}
+    if not args.teacher.endswith(".pth"):  # a folder has its own, which is compared below
+        own["tokenizer_path"] = ""
     asked = replace(args, **own)
     asked.given = {name for name in SHAPE_FLAGS if f"teacher_{name}" in args.given}
     teacher, theirs = read_weight(args.teacher, asked, device)

@@ -1,16 +1,18 @@
 """The network that a stage starts from: a preset, a run's name, a checkpoint folder, a .pth."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from model.adapter_format import read_adapter_config
 from model.model_minimind import PRESETS, MiniMindConfig, MiniMindForCausalLM
 from trainer.runtime.arguments import ROOT
 from trainer.runtime.run import Run
 from trainer.runtime.run_folder import open_run_folder, shape_name
+from trainer.runtime.tokenizer import OURS, check_for_training, load_tokenizer, tokenizer_of
 
 SHAPE_FLAGS = {"preset", "hidden_size", "num_hidden_layers", "use_moe"}
 
@@ -32,13 +34,16 @@ def load_network(
     tokenizer with another vocabulary.
     """
     if args.from_weight == "none":
-        tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
+        tokenizer = load_tokenizer(args.tokenizer_path or OURS)
         model = MiniMindForCausalLM(config_from_args(args, device, len(tokenizer)))
+        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model.config.update(ends)
     else:
         model, tokenizer = read_weight(args.from_weight, args, device)
+    check_for_training(tokenizer, args.tokenizer_path or args.from_weight)
     model.config.dropout = args.dropout  # of the training: no checkpoint holds it
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    template = (ROOT / "model" / "chat_template.jinja").read_text(encoding="utf-8")
+    template = (OURS / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template if chat else None
     return model.to(device).train(), tokenizer
 
@@ -48,33 +53,31 @@ def read_weight(
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a checkpoint: a run's name in args.save_dir, a folder, a .pth file."""
     source = find_weight(name, args, device)
-    folder = source if (source / "tokenizer.json").is_file() else ROOT / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     if source.suffix == ".pth":
-        model = MiniMindForCausalLM.from_pth(source, legacy_config(args, device, len(tokenizer)))
+        model = MiniMindForCausalLM.from_pth(source)
     else:
         model = MiniMindForCausalLM.from_pretrained(source)
-        if SHAPE_FLAGS & args.given:
-            asked = config_from_args(args, device, len(tokenizer))
-            if shape_name(asked) != shape_name(model.config):
-                flags = " ".join(f"--{name}" for name in sorted(SHAPE_FLAGS & args.given))
-                raise ValueError(
-                    f"{source} is a {shape_name(model.config)}, but {flags} ask for a "
-                    f"{shape_name(asked)}: the checkpoint decides the shape, leave them out"
-                )
-    check_vocabulary(model, tokenizer, folder)
-    return model, tokenizer
-
-
-def check_vocabulary(
-    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """ValueError unless token ids and rows of the embedding matrix correspond one to one."""
-    if len(tokenizer) != model.config.vocab_size:
+    if asked := wrong_shape_flags(model.config, args):
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries, the network "
-            f"{model.config.vocab_size}; use the tokenizer that the network was trained with"
+            f"{source} is a {shape_name(model.config)}, but {' '.join(asked)} "
+            f"{'ask' if len(asked) > 1 else 'asks'} for another shape: the checkpoint decides the "
+            "shape, leave them out"
         )
+    return model, tokenizer_of(model, source, args.tokenizer_path)
+
+
+def wrong_shape_flags(config: MiniMindConfig, args: Any) -> list[str]:
+    """The shape flags that were given and say something else than a checkpoint's configuration."""
+    has = {
+        "preset": shape_name(config),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "use_moe": bool(config.num_experts),
+    }
+    given = sorted(SHAPE_FLAGS & args.given)
+    if "preset" in given and len(given) > 1:  # a preset that the others change
+        has["preset"] = args.preset
+    return [f"--{name} {getattr(args, name)}" for name in given if getattr(args, name) != has[name]]
 
 
 def config_from_args(args: Any, device: torch.device, vocab_size: int) -> MiniMindConfig:
@@ -101,16 +104,6 @@ def config_from_args(args: Any, device: torch.device, vocab_size: int) -> MiniMi
     return MiniMindConfig.from_preset(preset, **changes)
 
 
-def legacy_config(args: Any, device: torch.device, vocab_size: int) -> MiniMindConfig:
-    """The shape of a .pth file: also what older ones had otherwise, of which they hold no trace."""
-    config = config_from_args(args, device, vocab_size)
-    if config.qk_norm:
-        config.norm_topk_prob = True  # their top-1 weight is the constant 1
-    else:
-        config.rms_norm_eps = 1e-5
-    return config
-
-
 def find_weight(name: str, args: Any, device: torch.device) -> Path:
     """The folder or .pth file of a name: a path or a run in args.save_dir. ValueError if none."""
     path, save_dir = Path(name), Path(args.save_dir)
@@ -123,13 +116,13 @@ def find_weight(name: str, args: Any, device: torch.device) -> Path:
     else:
         wanted = f"{name}_<preset>"
         runs = [*sorted(save_dir.glob(f"{name}_*")), save_dir / name]
-    found = [run for run in runs if (run / "config.json").is_file()]
+    found = [run for run in runs if (run / "config.json").is_file()] or pth_files(name, args)
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(
             f"{name!r} fits {', '.join(run.name for run in found)} in {save_dir}: say which with "
-            "--preset, or give the folder"
+            "--preset, or give the path"
         )
     for run in runs:
         refuse_adapter(run)
@@ -145,6 +138,37 @@ def find_weight(name: str, args: Any, device: torch.device) -> Path:
     )
 
 
+def pth_files(name: str, args: Any) -> list[Path]:
+    """NAME_<width>.pth and NAME_<width>_moe.pth in args.save_dir, as other repositories of this
+    family save them; of these, the ones that --hidden_size and --use_moe allow.
+    """
+    found = []
+    for path in sorted(Path(args.save_dir).glob(f"{name}_*.pth")):
+        match = re.fullmatch(rf"{re.escape(name)}_(\d+)(_moe)?", path.stem)
+        fits = match and args.hidden_size in (None, int(match[1]))
+        if fits and ("use_moe" not in args.given or args.use_moe == bool(match[2])):
+            found.append(path)
+    return found
+
+
+def find_adapter(name: str, save_dir: str) -> Path:
+    """The folder or .pth file of an adapter: a path, or a run in save_dir. ValueError if several
+    fit; one that does not exist is left to its reader.
+    """
+    path, places = Path(name), Path(save_dir)
+    if path.suffix == ".pth" or (path / "adapter_config.json").is_file():
+        return path
+    runs = [*sorted(places.glob(f"{name}_*")), places / name]
+    found = [run for run in runs if (run / "adapter_config.json").is_file()]
+    found = found or sorted(places.glob(f"{name}_*.pth"))
+    if len(found) > 1:
+        raise ValueError(
+            f"the adapter {name!r} fits {', '.join(one.name for one in found)} in {save_dir}: give "
+            "the path of one"
+        )
+    return found[0] if found else path
+
+
 def find_base(args: Any, device: torch.device) -> Path:
     """The network of --from_weight, as an adapter names it: relative to the repository if in it."""
     base = find_weight(args.from_weight, args, device).resolve()
@@ -158,7 +182,7 @@ def refuse_adapter(folder: Path) -> None:
         raise ValueError(
             f"{folder} is an adapter, a small change to a network, and not a network: give {base}, "
             "and the adapter as --adapter where there is that flag; or make one network of the two "
-            f"with python scripts/merge_lora.py --from_weight {base} --adapter {folder}"
+            f"with python scripts/convert_model.py merge --from_weight {base} --adapter {folder}"
         )
 
 

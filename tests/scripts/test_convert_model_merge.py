@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.model_lora import AdapterOnly, LoRASettings, add_adapter, load_adapter, set_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from scripts.merge_lora import main
+from scripts import convert_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = dict(
@@ -22,6 +22,10 @@ SHAPE = dict(
     intermediate_size=16,
 )
 MOE = dict(num_experts=2, num_experts_per_tok=1, qk_norm=True)
+
+
+def main(argv):
+    convert_model.main(["merge", *argv])
 
 
 def ids():
@@ -193,10 +197,10 @@ def test_a_folder_that_is_there_is_replaced_only_on_demand(out):
             "thesis is there already and holds no merged_adapters.json, so it does not come from "
             "here: choose another --out",
         ),
-        ("full_sft_16x1", "full_sft_16x1 holds .*full_sft_16x1, which is merged here"),
-        ("a", "/a holds .*/a, which is merged here"),
-        ("link", "link holds .*full_sft_16x1, which is merged here"),
-        (".", "holds .*full_sft_16x1, which is merged here"),
+        ("full_sft_16x1", "full_sft_16x1 holds .*full_sft_16x1, which is read here"),
+        ("a", "/a holds .*/a, which is read here"),
+        ("link", "link holds .*full_sft_16x1, which is read here"),
+        (".", "holds .*full_sft_16x1, which is read here"),
     ],
 )
 def test_only_its_own_results_are_replaced(place, message, out):
@@ -266,7 +270,7 @@ def test_mistakes_are_named_and_leave_nothing(out, tmp_path, capsys):
         main(["--save_dir", str(out), "--adapter", str(out / "a"), "nowhere"])
     with pytest.raises(
         ValueError,
-        match=r"a is an adapter, .*merge_lora\.py --from_weight .*full_sft_16x1 --adapter",
+        match=r"a is an adapter, .*convert_model\.py merge --from_weight .*full_sft_16x1 --adapter",
     ):
         main(["--save_dir", str(out), "--from_weight", str(out / "a"), "--adapter", str(out / "b")])
     shutil.copytree(out / "a", out / "lora_16x1")

@@ -1,0 +1,91 @@
+"""convert_model.py pth: a checkpoint as a `.pth` file of jingyaogong/minimind's classes.
+
+    python scripts/convert_model.py pth full_sft --out full_sft_768.pth
+
+Networks with q/k norm get the names of its class of 2026, others those of 2025. A `.pth` file holds
+tensors alone: the shape that its class must be given is printed, and the tokenizer goes into the
+folder FILE_tokenizer beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.files import replace_file
+from scripts.checkpoint import ShapeArgs, load_checkpoint
+from scripts.conversion.outputs import largest_difference
+from trainer.runtime.arguments import arg
+
+if TYPE_CHECKING:
+    from model.model_minimind import MiniMindConfig
+
+NAMES = (  # of its MiniMindConfig
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "rms_norm_eps"),
+)
+
+
+@dataclass
+class PthArgs(ShapeArgs):
+    source: str = arg("", "a run in SAVE_DIR, a checkpoint folder, or a .pth file", positional=True)
+    out: str = arg("", "file to write: .pth")
+    overwrite: bool = arg(False, "replace that file")
+
+    def check(self) -> None:
+        if not self.out.endswith(".pth"):
+            raise ValueError(f"--out {self.out!r}: give a name that ends in .pth")
+        if Path(self.out).exists() and not self.overwrite:
+            raise ValueError(
+                f"--out {self.out} is there already: choose another, or replace it (--overwrite)"
+            )
+
+
+def to_pth(args: PthArgs) -> None:
+    """Write the file and the tokenizer, and say by how much its logits differ from the source's."""
+    import torch
+
+    from model.model_minimind import MiniMindForCausalLM
+    from model.native_format import split_experts
+
+    model, tokenizer = load_checkpoint(args.source, args, torch.device("cpu"))
+    if model.config.qk_norm and model.config.shared_expert_intermediate_size:
+        raise ValueError(
+            f"{args.source} has q/k norm and a shared expert: no class of that family computes both"
+        )
+    state = {
+        name.replace(".shared_expert.", ".shared_experts.0."): x.contiguous()
+        for name, x in split_experts(model.state_dict()).items()
+    }
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, lambda temporary: torch.save(state, temporary))
+    tokenizer.save_pretrained(out.with_name(f"{out.stem}_tokenizer"))
+    fields = {name: getattr(model.config, name) for name in KNOWN}
+    again = MiniMindForCausalLM.from_pth(out, **fields)
+    print(f"its class must be given: MiniMindConfig({shape_in_words(model.config)})")
+    print(
+        f"{out}, with its tokenizer in {out.stem}_tokenizer: logits before and after: at most "
+        f"{largest_difference(model, again):.1e} apart"
+    )
+
+
+# what the file does not hold
+KNOWN = (
+    *("num_attention_heads", "rms_norm_eps", "rope_parameters", "num_experts_per_tok"),
+    *("norm_topk_prob", "head_dim"),
+)
+
+
+def shape_in_words(config: MiniMindConfig) -> str:
+    """The keyword arguments of its MiniMindConfig for a network."""
+    fields = {name: getattr(config, name) for name in NAMES}
+    fields["rope_theta"] = config.rope_parameters["rope_theta"]
+    if not config.tie_word_embeddings:
+        fields["tie_word_embeddings"] = False
+    if config.num_experts:
+        count = "num_experts" if config.qk_norm else "n_routed_experts"
+        fields |= {"use_moe": True, count: config.num_experts}
+        fields |= {name: getattr(config, name) for name in KNOWN[3:5]}
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())
