@@ -76,6 +76,10 @@ class ServeArgs(WeightArgs):
     )
     max_queue: int = arg(256, "completions of one model that may wait; beyond that clients get 429")
     max_body_bytes: int = arg(4 << 20, "longest body of a request; beyond that clients get 413")
+    strict: bool = arg(
+        False,
+        "refuse requests with fields that this server does not know, instead of ignoring them",
+    )
     int8: bool = arg(
         False,
         "int8 weights on a CPU: less memory, a little less exact; other requests may then change a "

@@ -11,13 +11,13 @@ from dataset.chat.format import encode_prompt
 from model.sampling import SamplingParams
 from scripts.openai_api.errors import ApiError
 from scripts.openai_api.grammars import completion_grammar
+from scripts.openai_api.messages import Message, text_of
 from scripts.openai_api.model_pool import ServedModel
 from scripts.openai_api.requests import (
     ChatRequest,
     CompletionRequest,
     Function,
     GenerationRequest,
-    Message,
     NamedTool,
     Tool,
 )
@@ -68,7 +68,7 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     if isinstance(request.tool_choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
     thinking = request.thinking()
-    offered = [tool.model_dump(exclude_unset=True) for tool in tools] or None
+    offered = [offered_tool(tool) for tool in tools] or None
     messages = [as_template_has_it(message) for message in request.messages]
     length = sum(len(message["content"] or "") for message in messages)
     length += len(json.dumps(offered or "", ensure_ascii=False))
@@ -79,7 +79,7 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
         raise ApiError(400, str(error), "messages") from error
     check_length(prompt, served, "messages")
     grammar, trusts_calls = choose_grammar(request, tools, thinking, served)
-    limit = request.max_completion_tokens or request.max_tokens or served.max_len
+    limit = request.max_completion_tokens or request.max_tokens or -1
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(request, served, limit, log_probs, grammar)
     return Plan(
@@ -93,11 +93,15 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     )
 
 
+def offered_tool(tool: Tool) -> dict[str, Any]:
+    """A tool of the request as the template shows it: the fields that are given."""
+    function = {name: value for name, value in tool.function if value is not None}
+    return {"type": tool.type, "function": function}
+
+
 def as_template_has_it(message: Message) -> dict[str, Any]:
     """A message of the request as `encode_prompt` takes it."""
-    content = message.content
-    if not isinstance(content, str | None):
-        content = "".join(part.text for part in content)
+    content = text_of(message.content)
     out = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.role == "assistant":
         if message.reasoning_content is not None:
@@ -224,15 +228,15 @@ def sampling_params(
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     given = {name: value for name in PASSED_ON if (value := getattr(request, name)) is not None}
     check_ids(given.get("logit_bias", ()), served, "logit_bias")
-    if given.get("temperature", 1) < COLDEST:
-        given["temperature"] = 0
+    if given.get("temperature", 1) < COLDEST or given.get("top_p") == 0:
+        given |= {"temperature": 0, "top_p": 1}
     try:
         return [
             SamplingParams(
                 **given,
                 top_k=min(max(request.top_k or 0, 0), len(served.tokenizer)),
                 stop=tuple(stop),
-                max_tokens=min(max_tokens, served.max_len),
+                max_tokens=served.max_len if max_tokens < 0 else min(max_tokens, served.max_len),
                 logprobs=log_probs,
                 seed=None if request.seed is None else request.seed + i,
                 constraint=served.grammars.constraint(grammar) if grammar else None,
