@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.chat.format import encode_prompt
+from dataset.chat.reply import CALL, END_CALL, END_THINK, THINK
 from model.sampling import SamplingParams
 from scripts.openai_api.errors import ApiError
 from scripts.openai_api.grammars import completion_grammar
@@ -81,7 +82,8 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     grammar, trusts_calls = choose_grammar(request, tools, thinking, served)
     limit = request.max_completion_tokens or request.max_tokens or -1
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
-    params = sampling_params(request, served, limit, log_probs, grammar)
+    stops = stop_scope(request, served, bool(tools), thinking is True)
+    params = sampling_params(request, served, limit, log_probs, grammar, stops)
     return Plan(
         [prompt],
         params,
@@ -172,7 +174,9 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
     limit = DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
     params = []
     if limit:
-        params = sampling_params(request, served, limit, request.logprobs, None) * len(prompts)
+        stops = {"stop": stop_texts(request)}
+        params = sampling_params(request, served, limit, request.logprobs, None, stops)
+        params *= len(prompts)
     wants_log_probs, echoes = request.logprobs is not None, echoes if request.echo else []
     return Plan(prompts, params, request.n or 1, wants_log_probs, echoes=echoes)
 
@@ -217,15 +221,40 @@ def too_long(length: str, served: ServedModel, field: str) -> ApiError:
     )
 
 
+def stop_texts(request: GenerationRequest) -> tuple[str, ...]:
+    """The stop texts of a request."""
+    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+
+
+def stop_scope(
+    request: ChatRequest, served: ServedModel, offers_tools: bool, in_reasoning: bool
+) -> dict[str, Any]:
+    """The fields of SamplingParams by which stop texts are looked for in free content alone."""
+    if not request.has_free_text():
+        return {}
+    switches = {THINK: False, END_THINK: True}
+    if offers_tools:
+        switches |= {CALL: False, END_CALL: True}
+    ids = served.tokenizer.get_added_vocab()
+    return {
+        "stop": stop_texts(request),
+        "stop_switches": {ids[mark]: on for mark, on in switches.items() if mark in ids},
+        "in_stop_scope": not in_reasoning,
+    }
+
+
 def sampling_params(
     request: GenerationRequest,
     served: ServedModel,
     max_tokens: int,
     log_probs: int | None,
     grammar: str | None,
+    stops: dict[str, Any],
 ) -> list[SamplingParams]:
-    """SamplingParams for each of n completions; with a seed they take seed, seed + 1, ..."""
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    """SamplingParams for each of n completions; with a seed they take seed, seed + 1, ...
+
+    stops: the fields of SamplingParams that concern stop texts.
+    """
     given = {name: value for name in PASSED_ON if (value := getattr(request, name)) is not None}
     check_ids(given.get("logit_bias", ()), served, "logit_bias")
     if given.get("temperature", 1) < COLDEST or given.get("top_p") == 0:
@@ -235,7 +264,7 @@ def sampling_params(
             SamplingParams(
                 **given,
                 top_k=min(max(request.top_k or 0, 0), len(served.tokenizer)),
-                stop=tuple(stop),
+                **stops,
                 max_tokens=served.max_len if max_tokens < 0 else min(max_tokens, served.max_len),
                 logprobs=log_probs,
                 seed=None if request.seed is None else request.seed + i,

@@ -100,7 +100,11 @@ class GenerationRequest(Body):
     seed: int | None = Field(
         None, description="The same seed gives the same completion; choice i takes seed + i."
     )
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(
+        None,
+        description="Looked for in free text: not in reasoning, in the arguments of calls, or in "
+        "JSON that is enforced.",
+    )
     ignore_eos: bool | None = Field(None, description="Extension: continue until max_tokens.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -175,11 +179,6 @@ class ChatRequest(GenerationRequest):
             raise ValueError(
                 "ignore_eos never ends, but tools and response_format decide the end: choose one"
             )
-        if self.stop and (self.content_schema() is not None or self.must_call()):
-            raise ValueError(
-                "stop would cut off JSON or calls that must be complete: leave it out, or leave "
-                "out response_format and the tool_choice that demands a call"
-            )
         if self.continue_final_message:
             self.check_continuation()
         check_results(self.messages)
@@ -204,7 +203,7 @@ class ChatRequest(GenerationRequest):
                 "continue_final_message: the last message ends with tool_calls, which cannot be "
                 "continued; leave them out, or add their results"
             )
-        if self.must_call() or self.content_schema() is not None:
+        if not self.has_free_text():
             raise ValueError(
                 "continue_final_message: a call or JSON that is enforced cannot begin within a "
                 "message; leave out tool_choice or response_format"
@@ -216,6 +215,10 @@ class ChatRequest(GenerationRequest):
         if form is None or form.type == "text":
             return None
         return form.json_schema.schema_ if form.type == "json_schema" else {"type": "object"}
+
+    def has_free_text(self) -> bool:
+        """Whether the completion may have content that no schema decides."""
+        return self.content_schema() is None and not self.must_call()
 
     def must_call(self) -> bool:
         """Whether the completion has to call a tool."""

@@ -72,7 +72,7 @@ class ChatChoice:
             events += self.parser.finish()
         self.num_calls += sum(isinstance(event, CallStart) for event in events)
         self.finish_reason = piece.finish_reason
-        is_cut = self.parser.state == "arguments"  # by a stop text
+        is_cut = self.parser.state == "arguments"  # by a grammar that failed
         if self.num_calls and piece.finish_reason == "stop" and not is_cut:
             self.finish_reason = "tool_calls"
         return events
