@@ -5,9 +5,14 @@ be read.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from dataset.chat.format import encode_prompt
+from dataset.chat.format import (
+    encode_continuation,
+    encode_conversation,
+    encode_prompt,
+    in_open_reasoning,
+)
 from dataset.chat.reply import CALL, END_CALL, END_THINK, THINK
 from model.sampling import SamplingParams
 from scripts.openai_api.errors import ApiError
@@ -32,6 +37,10 @@ PASSED_ON = (
 )
 
 
+# the part of an assistant's message in which a prompt ends
+Part = Literal["start", "reasoning", "content"]
+
+
 @dataclass
 class Echo:
     """A prompt that is sent back: its text, its tokens, and, once computed, their log-probs."""
@@ -51,9 +60,8 @@ class Plan:
     params: list[SamplingParams]
     n: int
     wants_log_probs: bool = False
-    in_reasoning: bool = False  # the prompt has opened the think block
-    offers_tools: bool = False
-    trusts_calls: bool = False  # a grammar makes all calls well-formed
+    begins_in: Part = "start"  # reasoning: the prompt has opened the think block
+    offers_tools: bool = False  # then a grammar makes all calls well-formed
     echoes: list[Echo] = field(default_factory=list)
 
 
@@ -68,31 +76,50 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     tools = [] if request.tool_choice == "none" else list(request.tools or [])
     if isinstance(request.tool_choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
-    thinking = request.thinking()
     offered = [offered_tool(tool) for tool in tools] or None
     messages = [as_template_has_it(message) for message in request.messages]
     length = sum(len(message["content"] or "") for message in messages)
     length += len(json.dumps(offered or "", ensure_ascii=False))
     check_characters(length, served, "messages")
     try:
-        prompt = encode_prompt(served.tokenizer, messages, offered, thinking)
+        prompt = encode_chat(request, served, messages, offered)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     check_length(prompt, served, "messages")
-    grammar, trusts_calls = choose_grammar(request, tools, thinking, served)
+    begins_in = end_of_prompt(request, messages[-1])
+    grammar = choose_grammar(request, tools, begins_in, served)
     limit = request.max_completion_tokens or request.max_tokens or -1
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
-    stops = stop_scope(request, served, bool(tools), thinking is True)
-    params = sampling_params(request, served, limit, log_probs, grammar, stops)
+    stops = stop_scope(request, served, bool(tools), begins_in)
     return Plan(
         [prompt],
-        params,
+        sampling_params(request, served, limit, log_probs, grammar, stops),
         request.n or 1,
         log_probs is not None,
-        thinking is True,
+        begins_in,
         bool(tools),
-        trusts_calls,
     )
+
+
+def encode_chat(
+    request: ChatRequest, served: ServedModel, messages: list[dict], tools: list[dict] | None
+) -> list[int]:
+    """The prompt of a chat request. ValueError for messages that cannot be rendered."""
+    if request.continue_final_message:
+        return encode_continuation(served.tokenizer, messages, tools)
+    if request.add_generation_prompt is False:
+        return encode_conversation(served.tokenizer, messages, tools)[0]
+    return encode_prompt(served.tokenizer, messages, tools, request.thinking())
+
+
+def end_of_prompt(request: ChatRequest, last: dict) -> Part:
+    """In which part of an assistant's message the prompt ends; last: the last of its messages."""
+    if request.continue_final_message:
+        if in_open_reasoning(last):
+            return "reasoning"
+        return "content" if last["content"] or "reasoning_content" in last else "start"
+    is_opened = request.thinking() is True and request.add_generation_prompt is not False
+    return "reasoning" if is_opened else "start"
 
 
 def offered_tool(tool: Tool) -> dict[str, Any]:
@@ -117,14 +144,17 @@ def as_template_has_it(message: Message) -> dict[str, Any]:
 
 
 def choose_grammar(
-    request: ChatRequest, tools: Sequence[Tool], thinking: bool | None, served: ServedModel
-) -> tuple[str | None, bool]:
-    """(grammar of the completion or None, whether it covers the calls). ApiError 400 for schemas
-    that cannot be followed.
+    request: ChatRequest, tools: Sequence[Tool], begins_in: Part, served: ServedModel
+) -> str | None:
+    """The grammar of the completion, None without tools or a schema. ApiError 400 for schemas that
+    cannot be followed.
     """
     content, must_call = request.content_schema(), request.must_call()
     if content is None and not tools:
-        return None, False
+        return None
+    thinking = begins_in == "reasoning"
+    if begins_in == "start" and request.thinking() is not False:
+        thinking = None
     functions, loose = [tool.function for tool in tools], []
     is_named = isinstance(request.tool_choice, NamedTool)
     parallel = request.parallel_tool_calls is not False and not is_named
@@ -137,7 +167,7 @@ def choose_grammar(
         raise ApiError(
             400, str(error), "response_format" if content is not None else "tools", "invalid_schema"
         ) from error
-    return grammar, bool(tools)
+    return grammar
 
 
 def can_follow(function: Function, served: ServedModel) -> bool:
@@ -227,7 +257,7 @@ def stop_texts(request: GenerationRequest) -> tuple[str, ...]:
 
 
 def stop_scope(
-    request: ChatRequest, served: ServedModel, offers_tools: bool, in_reasoning: bool
+    request: ChatRequest, served: ServedModel, offers_tools: bool, begins_in: Part
 ) -> dict[str, Any]:
     """The fields of SamplingParams by which stop texts are looked for in free content alone."""
     if not request.has_free_text():
@@ -239,7 +269,7 @@ def stop_scope(
     return {
         "stop": stop_texts(request),
         "stop_switches": {ids[mark]: on for mark, on in switches.items() if mark in ids},
-        "in_stop_scope": not in_reasoning,
+        "in_stop_scope": begins_in != "reasoning",
     }
 
 

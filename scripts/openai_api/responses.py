@@ -55,7 +55,12 @@ class ChatChoice:
 
     def __init__(self, index: int, plan: Plan, served: ServedModel, envelope: Envelope):
         self.index, self.served, self.envelope, self.plan = index, served, envelope, plan
-        self.parser = ReplyParser(plan.in_reasoning, plan.offers_tools, plan.trusts_calls)
+        self.parser = ReplyParser(
+            in_reasoning=plan.begins_in == "reasoning",
+            tools=plan.offers_tools,
+            trust_calls=plan.offers_tools,
+            in_content=plan.begins_in == "content",
+        )
         self.events, self.log_probs, self.finish_reason = [], [], None
         self.reasoning_tokens, self.num_calls, self.is_begun = 0, 0, False
 
