@@ -36,11 +36,13 @@ Prometheus. Particular to this server:
   second signal ends it at once. A client that reads nothing for 30 seconds is given up.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 sys.path.insert(0, str(ROOT))
 
 from scripts.checkpoint import WeightArgs
@@ -70,6 +72,12 @@ class ServeArgs(WeightArgs):
         "clients must send it as Bearer token (default: the environment's MINIMIND_API_KEY, or "
         "none)",
     )
+    allow_origin: list[str] = arg(
+        [],
+        "web pages that may use the server in a browser, as http://localhost:3000; *: all pages; "
+        "null: files opened in the browser",
+        nargs="+",
+    )
     max_batch_size: int = arg(16, "completions of one model that are decoded at once")
     max_len: int | None = arg(
         None, "tokens of prompt and completion together (default: 2048, or the model's positions)"
@@ -92,6 +100,12 @@ class ServeArgs(WeightArgs):
         check_not_negative(self, "max_queue")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port {self.port}: give one from 0 (any that is free) to 65535")
+        for origin in self.allow_origin:
+            if origin not in ("*", "null") and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--allow_origin {origin}: give scheme, host and port as the browser sends "
+                    "them, http://localhost:3000, without a path, or * for all pages"
+                )
         for one in self.adapter:
             if "=" not in one:
                 raise ValueError(f"--adapter {one}: give it a name, NAME={one}")

@@ -1,10 +1,12 @@
 """The FastAPI application around the served models, and its OpenAPI document."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from scripts.openai_api.endpoints import router
 from scripts.openai_api.errors import ApiError, answer_api_error, answer_crash, answer_http_error
@@ -52,8 +54,12 @@ def build_app(
     api_key: str = "",
     max_body_bytes: int = 4 << 20,
     strict: bool = False,
+    allow_origin: Sequence[str] = (),
 ) -> FastAPI:
-    """The application that serves the models, by name; strict: unknown fields are refused."""
+    """The application that serves the models, by name.
+
+    strict: unknown fields are refused. allow_origin: web pages from there may use it in a browser.
+    """
     app = FastAPI(
         title="MiniMind",
         description="Chat and completions as OpenAI's clients know them.",
@@ -68,7 +74,25 @@ def build_app(
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(Exception, answer_crash)
     app.openapi = lambda: document(app)
+    if allow_origin:
+        open_to_pages(app, allow_origin)
     return app
+
+
+def open_to_pages(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let browsers hand the responses to pages from `origins` (CORS; "*": from anywhere).
+
+    Around everything else: errors need the headers too, and a browser sends its preflight without
+    the API key.
+    """
+    app.middleware_stack = CORSMiddleware(
+        app.build_middleware_stack(),
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        allow_private_network=True,
+        expose_headers=[HEADER, "Retry-After"],
+    )
 
 
 def document(app: FastAPI) -> dict[str, Any]:
