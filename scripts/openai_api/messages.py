@@ -70,7 +70,9 @@ class PlainMessage(AnyMessage):
 
 class AssistantMessage(AnyMessage):
     role: Literal["assistant"]
-    content: Text | None = Field(None, description="May be null if there are tool_calls.")
+    content: Text | None = Field(
+        None, description="May be null if there are tool_calls or reasoning_content."
+    )
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     refusal: str | None = Unused
@@ -79,7 +81,7 @@ class AssistantMessage(AnyMessage):
 
     @model_validator(mode="after")
     def says_something(self) -> "AssistantMessage":
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.reasoning_content is None and not self.tool_calls:
             raise ValueError("an assistant's message needs content or tool_calls")
         return self
 

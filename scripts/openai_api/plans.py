@@ -135,6 +135,7 @@ def as_template_has_it(message: Message) -> dict[str, Any]:
     if message.role == "assistant":
         if message.reasoning_content is not None:
             out["reasoning_content"] = message.reasoning_content
+            out["content"] = content or ""
         if message.tool_calls:
             out["tool_calls"] = [
                 {"name": call.function.name, "arguments": call.function.arguments}

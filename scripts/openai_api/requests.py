@@ -41,7 +41,7 @@ class NamedTool(Body):
 
 
 class JsonSchema(Body):
-    name: str = Field("answer", pattern="^[a-zA-Z0-9_-]{1,64}$", description="Without effect.")
+    name: str | None = Unused
     description: str | None = Unused
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="Without effect: the schema is always followed.")
@@ -146,7 +146,7 @@ class ChatRequest(GenerationRequest):
     )
     chat_template_kwargs: TemplateOptions | None = None
     modalities: list[Literal["text"]] | None = None
-    metadata: dict[str, str] | None = Unused
+    metadata: dict[str, Any] | None = Unused
     store: bool | None = Field(None, description="Without effect: nothing is stored.")
     service_tier: str | None = Unused
     safety_identifier: str | None = Unused

@@ -53,6 +53,7 @@ NULLS = [
     {"web_search_options": None, "modalities": None, "verbosity": None, "own_option": None},
     {"chat_template_kwargs": {"enable_thinking": None, "x": None}, "response_format": None},
     {"stream_options": None, "tools": None, "tool_choice": None, "add_generation_prompt": None},
+    {"metadata": {"a": None}, "user": None, "logit_bias": None, "verbosity": "low"},
     {"response_format": {"type": "text", "json_schema": None}, "continue_final_message": None},
 ]
 UNKNOWN = [  # the fields, what they are called
@@ -105,6 +106,22 @@ def test_unknown_fields_are_named_and_change_nothing(server, strict, change, nam
     error = refused(ask(strict, **change))
     assert error["code"] == "unsupported_parameter" and "no such field" in error["message"]
     assert error["param"] == names.partition(",")[0]
+
+
+def test_an_answer_that_ended_in_its_reasoning_can_be_handed_back(server):
+    cut = {"role": "assistant", "content": "", "reasoning_content": "They greet me."}
+    lengths = []
+    for content in (None, ""):
+        reply = ask(server, messages=[*HI, cut | {"content": content}, *HI])
+        assert reply.status_code == 200, reply.text
+        lengths.append(reply.json()["usage"]["prompt_tokens"])
+    assert lengths[0] == lengths[1]
+
+
+def test_a_schema_without_a_name_is_followed(server):
+    schema = {"name": None, "description": None, "strict": None, "schema": {"const": 7}}
+    form = {"type": "json_schema", "json_schema": schema}
+    assert ask(server, response_format=form).json()["choices"][0]["message"]["content"] == "7"
 
 
 def test_fields_of_tools_do_not_reach_the_prompt(server):
