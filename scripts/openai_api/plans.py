@@ -5,7 +5,7 @@ be read.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from dataset.chat.format import (
     encode_continuation,
@@ -37,10 +37,6 @@ PASSED_ON = (
 )
 
 
-# the part of an assistant's message in which a prompt ends
-Part = Literal["start", "reasoning", "content"]
-
-
 @dataclass
 class Echo:
     """A prompt that is sent back: its text, its tokens, and, once computed, their log-probs."""
@@ -60,7 +56,8 @@ class Plan:
     params: list[SamplingParams]
     n: int
     wants_log_probs: bool = False
-    begins_in: Part = "start"  # reasoning: the prompt has opened the think block
+    in_reasoning: bool = False  # the prompt has opened the think block
+    is_begun: bool = False  # the prompt ends within the reasoning or content of a message
     offers_tools: bool = False  # then a grammar makes all calls well-formed
     echoes: list[Echo] = field(default_factory=list)
 
@@ -86,17 +83,19 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     check_length(prompt, served, "messages")
-    begins_in = end_of_prompt(request, messages[-1])
-    grammar = choose_grammar(request, tools, begins_in, served)
+    in_reasoning, is_begun = end_of_prompt(request, messages[-1])
+    thinking = False if is_begun or request.thinking() is False else None
+    grammar = choose_grammar(request, tools, in_reasoning or thinking, served)
     limit = request.max_completion_tokens or request.max_tokens or -1
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
-    stops = stop_scope(request, served, bool(tools), begins_in)
+    stops = stop_scope(request, served, bool(tools), in_reasoning)
     return Plan(
         [prompt],
         sampling_params(request, served, limit, log_probs, grammar, stops),
         request.n or 1,
         log_probs is not None,
-        begins_in,
+        in_reasoning,
+        is_begun,
         bool(tools),
     )
 
@@ -112,14 +111,11 @@ def encode_chat(
     return encode_prompt(served.tokenizer, messages, tools, request.thinking())
 
 
-def end_of_prompt(request: ChatRequest, last: dict) -> Part:
-    """In which part of an assistant's message the prompt ends; last: the last of its messages."""
+def end_of_prompt(request: ChatRequest, last: dict) -> tuple[bool, bool]:
+    """(in_reasoning, is_begun) of the Plan, where `last` is the last of the messages."""
     if request.continue_final_message:
-        if in_open_reasoning(last):
-            return "reasoning"
-        return "content" if last["content"] or "reasoning_content" in last else "start"
-    is_opened = request.thinking() is True and request.add_generation_prompt is not False
-    return "reasoning" if is_opened else "start"
+        return in_open_reasoning(last), bool(last["content"] or "reasoning_content" in last)
+    return request.thinking() is True and request.add_generation_prompt is not False, False
 
 
 def offered_tool(tool: Tool) -> dict[str, Any]:
@@ -145,17 +141,14 @@ def as_template_has_it(message: Message) -> dict[str, Any]:
 
 
 def choose_grammar(
-    request: ChatRequest, tools: Sequence[Tool], begins_in: Part, served: ServedModel
+    request: ChatRequest, tools: Sequence[Tool], thinking: bool | None, served: ServedModel
 ) -> str | None:
-    """The grammar of the completion, None without tools or a schema. ApiError 400 for schemas that
-    cannot be followed.
+    """The grammar of the completion, None without tools or a schema; thinking: that of
+    `completion_grammar`. ApiError 400 for schemas that cannot be followed.
     """
     content, must_call = request.content_schema(), request.must_call()
     if content is None and not tools:
         return None
-    thinking = begins_in == "reasoning"
-    if begins_in == "start" and request.thinking() is not False:
-        thinking = None
     functions, loose = [tool.function for tool in tools], []
     is_named = isinstance(request.tool_choice, NamedTool)
     parallel = request.parallel_tool_calls is not False and not is_named
@@ -258,7 +251,7 @@ def stop_texts(request: GenerationRequest) -> tuple[str, ...]:
 
 
 def stop_scope(
-    request: ChatRequest, served: ServedModel, offers_tools: bool, begins_in: Part
+    request: ChatRequest, served: ServedModel, offers_tools: bool, in_reasoning: bool
 ) -> dict[str, Any]:
     """The fields of SamplingParams by which stop texts are looked for in free content alone."""
     if not request.has_free_text():
@@ -270,7 +263,7 @@ def stop_scope(
     return {
         "stop": stop_texts(request),
         "stop_switches": {ids[mark]: on for mark, on in switches.items() if mark in ids},
-        "in_stop_scope": begins_in != "reasoning",
+        "in_stop_scope": not in_reasoning,
     }
 
 

@@ -56,10 +56,10 @@ class ChatChoice:
     def __init__(self, index: int, plan: Plan, served: ServedModel, envelope: Envelope):
         self.index, self.served, self.envelope, self.plan = index, served, envelope, plan
         self.parser = ReplyParser(
-            in_reasoning=plan.begins_in == "reasoning",
+            plan.in_reasoning,
             tools=plan.offers_tools,
             trust_calls=plan.offers_tools,
-            in_content=plan.begins_in == "content",
+            is_begun=plan.is_begun,
         )
         self.events, self.log_probs, self.finish_reason = [], [], None
         self.reasoning_tokens, self.num_calls, self.is_begun = 0, 0, False
