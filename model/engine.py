@@ -186,7 +186,9 @@ class Engine:
         for token in (*prompt, *params.logit_bias):
             if not 0 <= token < size:
                 raise ValueError(f"there is no token {token}: ids go from 0 to {size - 1}")
-        stream, rng = TextStream(self.pieces, params.stop), random.Random(params.seed)
+        scope = params.stop_switches, params.in_stop_scope
+        stream = TextStream(self.pieces, params.stop, *scope)
+        rng = random.Random(params.seed)
         return Request(list(prompt), params, stream, rng, tokens=list(prompt))
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:

@@ -39,6 +39,8 @@ class SamplingParams:
     max_tokens: int = 512  # of the completion
     min_tokens: int = 0
     stop: tuple[str, ...] = ()  # texts that end the completion and do not belong to it
+    stop_switches: dict[int, bool] = field(default_factory=dict)  # see `TextStream`
+    in_stop_scope: bool = True
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None  # the same seed gives the same completion; None draws one

@@ -3,7 +3,7 @@ start of a stop text.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -50,16 +50,32 @@ class TextStream:
 
     pieces: from `token_bytes`; stop: texts that end the completion. `text` is all that was handed
     out; `stopped` is set when a stop text came, which is cut off with everything behind it.
+    stop_switches: {token: whether stop texts are looked for after it}, for special tokens around
+    reasoning or tool calls; line breaks right after one belong to it. in_stop_scope: whether they
+    are looked for from the start.
     """
 
-    def __init__(self, pieces: list[bytes], stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        pieces: list[bytes],
+        stop: Sequence[str] = (),
+        stop_switches: Mapping[int, bool] | None = None,
+        in_stop_scope: bool = True,
+    ):
         self.pieces, self.stop = pieces, tuple(stop)
+        self.switches, self.in_scope, self.after_switch = stop_switches or {}, in_stop_scope, False
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.held, self.stopped = "", "", False
 
     def push(self, token: int) -> str:
         """Take in a token; returns the text (maybe empty) that is now certain."""
-        return self._release(self.decoder.decode(self.pieces[token]))
+        text = self.decoder.decode(self.pieces[token])
+        if token not in self.switches or self.stopped:
+            return self._release(text)
+        out, self.held = self.held + text, ""
+        self.in_scope, self.after_switch = self.switches[token], True
+        self.text += out
+        return out
 
     def finish(self) -> str:
         """The rest of the text, with the part held back; half a character becomes U+FFFD."""
@@ -74,15 +90,25 @@ class TextStream:
     def _release(self, new):
         if self.stopped:
             return ""
-        text = self.held + new
-        ends = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        text, start = self.held + new, self._start_of_scope(new)
+        ends = [place for place in (text.find(stop, start) for stop in self.stop) if place >= 0]
         if ends:
             self.stopped, out, self.held = True, text[: min(ends)], ""
         else:
-            held = max((self._overlap(text, stop) for stop in self.stop), default=0)
+            held = max((self._overlap(text[start:], stop) for stop in self.stop), default=0)
             out, self.held = text[: len(text) - held], text[len(text) - held :]
         self.text += out
         return out
+
+    def _start_of_scope(self, new):
+        """Where stop texts may begin in the held text and `new`."""
+        if not self.in_scope:
+            return len(self.held) + len(new)
+        if not self.after_switch:
+            return 0
+        rest = new.lstrip("\n")  # nothing is held after a switch
+        self.after_switch = not rest
+        return len(new) - len(rest)
 
     @staticmethod
     def _overlap(text, stop):

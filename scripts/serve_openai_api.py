@@ -14,15 +14,19 @@ The base URL for clients is http://127.0.0.1:8000/v1, the model is the name give
 its folder's). scripts/chat_api.py is such a client, /docs lists the fields, /metrics is for
 Prometheus. Particular to this server:
 
-- max_tokens above the room in the context is cut to that room; without max_tokens a completion may
-  fill the context.
+- Null means "not given". Fields that the server does not know are ignored: each is named once in
+  the log and in the response's header X-Ignored-Fields, and counted in /metrics. With --strict they
+  are refused. Fields whose absence would change the answer (images, functions, suffix ...) always
+  are.
+- max_tokens above the room in the context is cut to that room; without max_tokens, or with -1, a
+  completion may fill the context. top_p 0 is greedy decoding, as temperature 0.
+- continue_final_message: true continues the text of the last message, an assistant's. With
+  add_generation_prompt: false alone the model writes what follows the last message.
 - response_format and tool calls are enforced while sampling, so the JSON fits its schema. If
   max_tokens ends it early, finish_reason is "length". A schema that cannot be enforced is an error;
-  for an optional tool it is an error only if the tool is strict: otherwise the arguments are just
-  some JSON object.
-- stop texts are looked for in the raw completion, reasoning and tool calls included; with
-  response_format or a call that must be made they are refused, and if one cuts off an optional
-  call, finish_reason is "stop".
+  for a tool that is not strict, what cannot be enforced is left out.
+- stop texts are looked for in free text alone: not in reasoning, in calls, or in JSON that is
+  enforced.
 - logprobs are those of the bare model, before temperature and penalties, for all tokens of the raw
   completion.
 - Where JSON or a call is enforced, the model thinks before it only if it is asked to.
@@ -32,15 +36,18 @@ Prometheus. Particular to this server:
   <|endoftext|> before it.
 - On a CPU one core is left to the connections, unless OMP_NUM_THREADS says how many the networks
   take. Where uvloop and httptools are installed, they are used.
+- Web pages of other origins are shut out by the browser, unless --allow_origin names them.
 - SIGTERM or Ctrl-C: running requests are finished, new ones get 503, then the program ends; a
   second signal ends it at once. A client that reads nothing for 30 seconds is given up.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 sys.path.insert(0, str(ROOT))
 
 from scripts.checkpoint import WeightArgs
@@ -70,12 +77,22 @@ class ServeArgs(WeightArgs):
         "clients must send it as Bearer token (default: the environment's MINIMIND_API_KEY, or "
         "none)",
     )
+    allow_origin: list[str] = arg(
+        [],
+        "web pages that may use the server in a browser, as http://localhost:3000; *: all pages; "
+        "null: files opened in the browser",
+        nargs="+",
+    )
     max_batch_size: int = arg(16, "completions of one model that are decoded at once")
     max_len: int | None = arg(
         None, "tokens of prompt and completion together (default: 2048, or the model's positions)"
     )
     max_queue: int = arg(256, "completions of one model that may wait; beyond that clients get 429")
     max_body_bytes: int = arg(4 << 20, "longest body of a request; beyond that clients get 413")
+    strict: bool = arg(
+        False,
+        "refuse requests with fields that this server does not know, instead of ignoring them",
+    )
     int8: bool = arg(
         False,
         "int8 weights on a CPU: less memory, a little less exact; other requests may then change a "
@@ -89,6 +106,12 @@ class ServeArgs(WeightArgs):
         check_not_negative(self, "max_queue")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port {self.port}: give one from 0 (any that is free) to 65535")
+        for origin in self.allow_origin:
+            if origin not in ("*", "null") and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--allow_origin {origin}: give scheme, host and port as the browser sends "
+                    "them, http://localhost:3000, without a path, or * for all pages"
+                )
 
 
 def main(argv: list[str] | None = None) -> None:

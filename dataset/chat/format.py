@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant", "tool")
 # the compiled template is shared, and holds the spans of the one conversation that it renders
 RENDERING = threading.Lock()
+OPEN_THINK = "<think>"
 THINK = re.compile(r"<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 
@@ -63,9 +64,12 @@ def encode_conversation(
             return {hide(key): hide(item) for key, item in value.items()}
         return value
 
+    hidden = hide(messages)
+    if options.get("continue_final_message") and in_open_reasoning(messages[-1]):
+        hidden[-1]["content"] = OPEN_THINK + hidden[-1]["content"].partition("think>")[2]
     with RENDERING:
         rendered, spans = render_jinja_template(
-            conversations=[hide(messages)],
+            conversations=[hidden],
             tools=hide(tools),
             chat_template=tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
@@ -117,6 +121,25 @@ def encode_prompt(
     if enable_thinking is not None:  # Qwen's name and that of the minimind tutorials
         options = {"enable_thinking": enable_thinking, "open_thinking": enable_thinking}
     return encode_conversation(tokenizer, messages, tools, add_generation_prompt=True, **options)[0]
+
+
+def encode_continuation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | str | None = None
+) -> list[int]:
+    """Encode a conversation up to the end of its last message's content, for the model to continue
+    there: ids [T], those of `apply_chat_template(continue_final_message=True)`.
+
+    Content that begins with `<think>` and has no `</think>` is continued within the think block.
+    ValueError if the last message has no content.
+    """
+    return encode_conversation(tokenizer, messages, tools, continue_final_message=True)[0]
+
+
+def in_open_reasoning(message: dict) -> bool:
+    """Whether an assistant's message ends within a think block that its content has opened."""
+    content = message.get("content") or ""
+    is_whole = isinstance(message.get("reasoning_content"), str) or "</think>" in content
+    return message["role"] == "assistant" and content.startswith(OPEN_THINK) and not is_whole
 
 
 def check_conversation(messages: Any, tools: Any = None) -> None:

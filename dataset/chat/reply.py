@@ -65,19 +65,26 @@ Event = Reasoning | Content | CallStart | CallArguments | CallEnd
 class ReplyParser:
     """Takes in a completion piece by piece; `feed` and `finish` return lists of events.
 
-    in_reasoning: the prompt has opened the think block already. tools=False: `<tool_call>` is text
-    like any other. trust_calls=False holds a call back until it is complete and well-formed. With
-    True its arguments are returned as they come, for callers that constrain the model by a grammar:
-    an argument that was returned cannot become content again.
+    in_reasoning: the prompt has opened the think block already. is_begun: it ends with a part of
+    this block's text, or of the answer's. tools=False: `<tool_call>` is text like any other.
+    trust_calls=False holds a call back until it is complete and well-formed. With True its
+    arguments are returned as they come, for callers that constrain the model by a grammar: an
+    argument that was returned cannot become content again.
     """
 
-    def __init__(self, in_reasoning: bool = False, tools: bool = True, trust_calls: bool = False):
-        self.state = "reasoning" if in_reasoning else "start"
+    def __init__(
+        self,
+        in_reasoning: bool = False,
+        tools: bool = True,
+        trust_calls: bool = False,
+        is_begun: bool = False,
+    ):
+        self.state = "reasoning" if in_reasoning else "content" if is_begun else "start"
         self.tools, self.trust_calls = tools, trust_calls
         self.buffer = ""  # text that has not become an event yet
         self.num_calls = 0
         # nothing of the present block was returned: line breaks here belong to its opening token
-        self.at_start = True
+        self.at_start = not is_begun
 
     @property
     def in_reasoning(self) -> bool:

@@ -1,14 +1,17 @@
 """The FastAPI application around the served models, and its OpenAPI document."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from scripts.openai_api.endpoints import router
 from scripts.openai_api.errors import ApiError, answer_api_error, answer_crash, answer_http_error
 from scripts.openai_api.http import Gate, GateState
+from scripts.openai_api.ignored_fields import HEADER, IgnoredFields
 from scripts.openai_api.metrics import Metrics
 from scripts.openai_api.model_pool import ServedModel
 from scripts.openai_api.requests import ChatRequest, CompletionRequest
@@ -39,13 +42,24 @@ ERROR = {
         }
     },
 }
+IGNORED = {
+    "description": "Fields of the request that this server does not know and has ignored.",
+    "schema": {"type": "string"},
+}
 BODIES = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
 
 
 def build_app(
-    models: dict[str, ServedModel], api_key: str = "", max_body_bytes: int = 4 << 20
+    models: dict[str, ServedModel],
+    api_key: str = "",
+    max_body_bytes: int = 4 << 20,
+    strict: bool = False,
+    allow_origin: Sequence[str] = (),
 ) -> FastAPI:
-    """The application that serves the models, by name."""
+    """The application that serves the models, by name.
+
+    strict: unknown fields are refused. allow_origin: web pages from there may use it in a browser.
+    """
     app = FastAPI(
         title="MiniMind",
         description="Chat and completions as OpenAI's clients know them.",
@@ -53,13 +67,32 @@ def build_app(
     )
     app.state.models, app.state.max_body_bytes = models, max_body_bytes
     app.state.metrics, app.state.gate = Metrics(models), GateState(api_key)
+    app.state.ignored_fields = IgnoredFields(app.state.metrics.ignored_fields, strict)
     app.include_router(router)
     app.add_middleware(Gate, state=app.state.gate)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(Exception, answer_crash)
     app.openapi = lambda: document(app)
+    if allow_origin:
+        open_to_pages(app, allow_origin)
     return app
+
+
+def open_to_pages(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let browsers hand the responses to pages from `origins` (CORS; "*": from anywhere).
+
+    Around everything else: errors need the headers too, and a browser sends its preflight without
+    the API key.
+    """
+    app.middleware_stack = CORSMiddleware(
+        app.build_middleware_stack(),
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        allow_private_network=True,
+        expose_headers=[HEADER, "Retry-After"],
+    )
 
 
 def document(app: FastAPI) -> dict[str, Any]:
@@ -72,6 +105,9 @@ def document(app: FastAPI) -> dict[str, Any]:
         ref_template="#/components/schemas/{model}",
     )
     parts = schema.setdefault("components", {}).setdefault("schemas", {})
+    if app.state.ignored_fields.is_strict:
+        for part in definitions["$defs"].values():
+            part["additionalProperties"] = False
     parts.update(definitions["$defs"], Error=ERROR)
     for name in ("ChatRequest", "CompletionRequest"):
         parts[name]["properties"]["model"]["enum"] = list(app.state.models)
@@ -102,5 +138,6 @@ def describe(operation: dict[str, Any], path: str, has_key: bool) -> None:
         content = {"application/json": {"schema": schema}}
         operation["requestBody"] = {"required": True, "content": content}
         operation["responses"]["200"]["content"]["text/event-stream"] = {}
+        operation["responses"]["200"]["headers"] = {HEADER: IGNORED}
     if has_key and path != "/health":
         operation["security"] = [{"key": []}]

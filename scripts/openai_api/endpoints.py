@@ -14,8 +14,9 @@ from scripts.openai_api.errors import ApiError
 from scripts.openai_api.http import EventStream, read_body, while_connected
 from scripts.openai_api.metrics import Clock
 from scripts.openai_api.model_pool import Generation, ServedModel
+from scripts.openai_api.parsing import parse
 from scripts.openai_api.plans import Plan, plan_chat, plan_completion
-from scripts.openai_api.requests import ChatRequest, CompletionRequest, GenerationRequest, parse
+from scripts.openai_api.requests import ChatRequest, CompletionRequest, GenerationRequest
 from scripts.openai_api.responses import DONE, ChatChoice, Choices, Envelope, TextChoice, usage
 
 router = APIRouter()
@@ -89,6 +90,7 @@ async def answer(
     state, start = http.app.state, time.perf_counter()
     request = parse(model, await read_body(http, state.max_body_bytes))
     served = find_model(http, request.model)
+    headers = state.ignored_fields.take(request)
     served.check_room(request.n or 1)
     # in a thread: long texts and large schemas take their time
     plan = await asyncio.to_thread(plan_for, request, served)
@@ -108,7 +110,8 @@ async def answer(
         generation.cancel()
         raise
     if request.stream:
-        return EventStream(stream(generation, choices, plan, envelope, clock), generation.cancel)
+        parts = stream(generation, choices, plan, envelope, clock)
+        return EventStream(parts, generation.cancel, headers)
     async with while_connected(http.receive, generation.cancel):
         async for pieces in generation:
             clock.note(pieces)
@@ -117,7 +120,8 @@ async def answer(
     check_constraints(generation)
     clock.end()
     whole = [choice.whole() for choice in choices]
-    return JSONResponse(envelope.whole(whole, usage(generation.requests, plan, choices)))
+    body = envelope.whole(whole, usage(generation.requests, plan, choices))
+    return JSONResponse(body, headers=headers)
 
 
 async def score(http: Request, plan: Plan, served: ServedModel, number: int) -> None:

@@ -9,6 +9,7 @@ that follows the grammar in exactly one way.
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,17 @@ from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from model.sampling import Constraint
+from scripts.openai_api.notices import Notices
 from scripts.openai_api.requests import Function
 
 # as the chat template writes JSON
 SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 FREE_TEXT = r"TEXT: /(.|\n)*/ & ~/(.|\n)*<\/?(tool_call|think)>(.|\n)*/"
 MOST_CALLS = 8  # of a completion that must call
+MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+VALUES = ("const", "enum", "default", "examples")
 OPEN_ENDED = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties"}
+NOTICES = Notices()
 
 
 class GrammarConstraint(Constraint):
@@ -71,15 +76,25 @@ class Grammars:
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self.tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
         if matcher.is_error():
-            line = matcher.get_error().partition("\n")[0]
-            reason = line.rpartition("failed to compile JSON schema: ")[2]
-            raise ValueError(f"the JSON schema cannot be followed: {reason}")
+            raise ValueError(f"the JSON schema cannot be followed: {reason_of(matcher)}")
+        for warning in matcher.get_grammar_warnings():
+            NOTICES.print_once(f"not enforced in a tool's arguments: {warning}")
         return matcher
 
 
-def json_rule(schema: dict) -> str:
-    """A grammar's expression for the values of a JSON schema."""
-    return "%json " + json.dumps(schema | {"x-guidance": SPELLING})
+def reason_of(matcher: LLMatcher) -> str:
+    """The error of a schema as one line, without the listing of the grammar around it."""
+    error = matcher.get_error().rpartition("failed to compile JSON schema: ")[2]
+    lines = error.partition("\n   1 | ")[0].splitlines()
+    return " ".join(line.strip() for line in lines if line.strip(" ^"))  # ^^^ marks a place
+
+
+def json_rule(schema: dict, lenient: bool = False) -> str:
+    """A grammar's expression for the values of a JSON schema; lenient: it leaves out what cannot be
+    enforced.
+    """
+    options = SPELLING | ({"lenient": True} if lenient else {})
+    return "%json " + json.dumps(schema | {"x-guidance": options})
 
 
 def call_schema(function: Function) -> dict:
@@ -100,15 +115,55 @@ def close(schema: dict) -> dict:
     return {**schema, "additionalProperties": False}
 
 
+def without_hard_patterns(schema: Any, is_map: bool = False) -> Any:
+    """The schema without regular expressions that cannot be enforced, such as look-ahead.
+
+    is_map: this is a map from names to schemas, in which "pattern" is a name like any other.
+    """
+    if isinstance(schema, list):
+        return [without_hard_patterns(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if is_map:
+        return {name: without_hard_patterns(one) for name, one in schema.items()}
+    by_pattern = schema.get("patternProperties")
+    hard = [schema.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]
+    left_out = set()
+    if not is_easy_pattern(hard[0]):
+        left_out |= {"pattern"}
+    if not all(map(is_easy_pattern, hard[1:])):  # the other properties depend on it
+        left_out |= {"patternProperties", "additionalProperties"}
+    return {
+        name: one if name in VALUES else without_hard_patterns(one, is_map=name in MAPS)
+        for name, one in schema.items()
+        if name not in left_out
+    }
+
+
+def is_easy_pattern(pattern: Any) -> bool:
+    """Whether a regular expression can be enforced; other values are for others to judge."""
+    if not isinstance(pattern, str):
+        return True
+    schema = {"type": "string", "pattern": pattern}
+    if not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)):
+        return True
+    NOTICES.print_once(f"not enforced in a tool's arguments: the pattern {pattern}")
+    return False
+
+
 def call_rules(functions: Sequence[Function], loose: Sequence[str] = ()) -> list[str]:
-    """The rules `call`, `call_0`, ...; functions named in `loose` take any object as arguments."""
+    """The rules `call`, `call_0`, ...; functions named in `loose` take any object as arguments, and
+    the arguments of those that are not strict follow their schema where it can be enforced.
+    """
     rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(functions)))]
     for i, function in enumerate(functions):
         head = json.dumps(f'\n{{"name": "{function.name}", "arguments": ')
         schema = {"type": "object"} if function.name in loose else call_schema(function)
+        if not function.strict:
+            schema = without_hard_patterns(schema)
         rules += [
             f'call_{i}: <tool_call> {head} arguments_{i} "}}\\n" </tool_call>',
-            f"arguments_{i}: {json_rule(schema)}",
+            f"arguments_{i}: {json_rule(schema, lenient=not function.strict)}",
         ]
     return rules
 

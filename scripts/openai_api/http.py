@@ -159,8 +159,11 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, parts: AsyncIterator[bytes], cancel: Callable[[], object]):
-        super().__init__(parts, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self, parts: AsyncIterator[bytes], cancel: Callable[[], object], headers: dict[str, str]
+    ):
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(parts, headers=own | headers)
         self.cancel = cancel
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

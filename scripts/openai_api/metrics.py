@@ -38,6 +38,9 @@ class Metrics:
         )
         self.generated_tokens = counter("generated_tokens", "Tokens that were sampled")
         self.finished = counter("finished", "Completions that ended", "reason")
+        self.ignored_fields = counter(
+            "ignored_fields", "Fields of requests that were ignored", "field"
+        )
         self.first_token = histogram("first_token_seconds", "From request to first token")
         self.duration = histogram("request_seconds", "From request to the end of the response")
         for name, text, read in GAUGES:  # read when they are asked for

@@ -7,17 +7,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.chat.format import encode_prompt
+from dataset.chat.format import (
+    encode_continuation,
+    encode_conversation,
+    encode_prompt,
+    in_open_reasoning,
+)
+from dataset.chat.reply import CALL, END_CALL, END_THINK, THINK
 from model.sampling import SamplingParams
 from scripts.openai_api.errors import ApiError
 from scripts.openai_api.grammars import completion_grammar
+from scripts.openai_api.messages import Message, text_of
 from scripts.openai_api.model_pool import ServedModel
 from scripts.openai_api.requests import (
     ChatRequest,
     CompletionRequest,
     Function,
     GenerationRequest,
-    Message,
     NamedTool,
     Tool,
 )
@@ -51,8 +57,8 @@ class Plan:
     n: int
     wants_log_probs: bool = False
     in_reasoning: bool = False  # the prompt has opened the think block
-    offers_tools: bool = False
-    trusts_calls: bool = False  # a grammar makes all calls well-formed
+    is_begun: bool = False  # the prompt ends within the reasoning or content of a message
+    offers_tools: bool = False  # then a grammar makes all calls well-formed
     echoes: list[Echo] = field(default_factory=list)
 
 
@@ -67,41 +73,65 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     tools = [] if request.tool_choice == "none" else list(request.tools or [])
     if isinstance(request.tool_choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
-    thinking = request.thinking()
-    offered = [tool.model_dump(exclude_unset=True) for tool in tools] or None
+    offered = [offered_tool(tool) for tool in tools] or None
     messages = [as_template_has_it(message) for message in request.messages]
     length = sum(len(message["content"] or "") for message in messages)
     length += len(json.dumps(offered or "", ensure_ascii=False))
     check_characters(length, served, "messages")
     try:
-        prompt = encode_prompt(served.tokenizer, messages, offered, thinking)
+        prompt = encode_chat(request, served, messages, offered)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     check_length(prompt, served, "messages")
-    grammar, trusts_calls = choose_grammar(request, tools, thinking, served)
-    limit = request.max_completion_tokens or request.max_tokens or served.max_len
+    in_reasoning, is_begun = end_of_prompt(request, messages[-1])
+    thinking = False if is_begun or request.thinking() is False else None
+    grammar = choose_grammar(request, tools, in_reasoning or thinking, served)
+    limit = request.max_completion_tokens or request.max_tokens or -1
     log_probs = (request.top_logprobs or 0) if request.logprobs else None
-    params = sampling_params(request, served, limit, log_probs, grammar)
+    stops = stop_scope(request, served, bool(tools), in_reasoning)
     return Plan(
         [prompt],
-        params,
+        sampling_params(request, served, limit, log_probs, grammar, stops),
         request.n or 1,
         log_probs is not None,
-        thinking is True,
+        in_reasoning,
+        is_begun,
         bool(tools),
-        trusts_calls,
     )
+
+
+def encode_chat(
+    request: ChatRequest, served: ServedModel, messages: list[dict], tools: list[dict] | None
+) -> list[int]:
+    """The prompt of a chat request. ValueError for messages that cannot be rendered."""
+    if request.continue_final_message:
+        return encode_continuation(served.tokenizer, messages, tools)
+    if request.add_generation_prompt is False:
+        return encode_conversation(served.tokenizer, messages, tools)[0]
+    return encode_prompt(served.tokenizer, messages, tools, request.thinking())
+
+
+def end_of_prompt(request: ChatRequest, last: dict) -> tuple[bool, bool]:
+    """(in_reasoning, is_begun) of the Plan, where `last` is the last of the messages."""
+    if request.continue_final_message:
+        return in_open_reasoning(last), bool(last["content"] or "reasoning_content" in last)
+    return request.thinking() is True and request.add_generation_prompt is not False, False
+
+
+def offered_tool(tool: Tool) -> dict[str, Any]:
+    """A tool of the request as the template shows it: the fields that are given."""
+    function = {name: value for name, value in tool.function if value is not None}
+    return {"type": tool.type, "function": function}
 
 
 def as_template_has_it(message: Message) -> dict[str, Any]:
     """A message of the request as `encode_prompt` takes it."""
-    content = message.content
-    if not isinstance(content, str | None):
-        content = "".join(part.text for part in content)
+    content = text_of(message.content)
     out = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.role == "assistant":
         if message.reasoning_content is not None:
             out["reasoning_content"] = message.reasoning_content
+            out["content"] = content or ""
         if message.tool_calls:
             out["tool_calls"] = [
                 {"name": call.function.name, "arguments": call.function.arguments}
@@ -112,13 +142,13 @@ def as_template_has_it(message: Message) -> dict[str, Any]:
 
 def choose_grammar(
     request: ChatRequest, tools: Sequence[Tool], thinking: bool | None, served: ServedModel
-) -> tuple[str | None, bool]:
-    """(grammar of the completion or None, whether it covers the calls). ApiError 400 for schemas
-    that cannot be followed.
+) -> str | None:
+    """The grammar of the completion, None without tools or a schema; thinking: that of
+    `completion_grammar`. ApiError 400 for schemas that cannot be followed.
     """
     content, must_call = request.content_schema(), request.must_call()
     if content is None and not tools:
-        return None, False
+        return None
     functions, loose = [tool.function for tool in tools], []
     is_named = isinstance(request.tool_choice, NamedTool)
     parallel = request.parallel_tool_calls is not False and not is_named
@@ -131,7 +161,7 @@ def choose_grammar(
         raise ApiError(
             400, str(error), "response_format" if content is not None else "tools", "invalid_schema"
         ) from error
-    return grammar, bool(tools)
+    return grammar
 
 
 def can_follow(function: Function, served: ServedModel) -> bool:
@@ -168,7 +198,9 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
     limit = DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
     params = []
     if limit:
-        params = sampling_params(request, served, limit, request.logprobs, None) * len(prompts)
+        stops = {"stop": stop_texts(request)}
+        params = sampling_params(request, served, limit, request.logprobs, None, stops)
+        params *= len(prompts)
     wants_log_probs, echoes = request.logprobs is not None, echoes if request.echo else []
     return Plan(prompts, params, request.n or 1, wants_log_probs, echoes=echoes)
 
@@ -213,26 +245,51 @@ def too_long(length: str, served: ServedModel, field: str) -> ApiError:
     )
 
 
+def stop_texts(request: GenerationRequest) -> tuple[str, ...]:
+    """The stop texts of a request."""
+    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+
+
+def stop_scope(
+    request: ChatRequest, served: ServedModel, offers_tools: bool, in_reasoning: bool
+) -> dict[str, Any]:
+    """The fields of SamplingParams by which stop texts are looked for in free content alone."""
+    if not request.has_free_text():
+        return {}
+    switches = {THINK: False, END_THINK: True}
+    if offers_tools:
+        switches |= {CALL: False, END_CALL: True}
+    ids = served.tokenizer.get_added_vocab()
+    return {
+        "stop": stop_texts(request),
+        "stop_switches": {ids[mark]: on for mark, on in switches.items() if mark in ids},
+        "in_stop_scope": not in_reasoning,
+    }
+
+
 def sampling_params(
     request: GenerationRequest,
     served: ServedModel,
     max_tokens: int,
     log_probs: int | None,
     grammar: str | None,
+    stops: dict[str, Any],
 ) -> list[SamplingParams]:
-    """SamplingParams for each of n completions; with a seed they take seed, seed + 1, ..."""
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    """SamplingParams for each of n completions; with a seed they take seed, seed + 1, ...
+
+    stops: the fields of SamplingParams that concern stop texts.
+    """
     given = {name: value for name in PASSED_ON if (value := getattr(request, name)) is not None}
     check_ids(given.get("logit_bias", ()), served, "logit_bias")
-    if given.get("temperature", 1) < COLDEST:
-        given["temperature"] = 0
+    if given.get("temperature", 1) < COLDEST or given.get("top_p") == 0:
+        given |= {"temperature": 0, "top_p": 1}
     try:
         return [
             SamplingParams(
                 **given,
                 top_k=min(max(request.top_k or 0, 0), len(served.tokenizer)),
-                stop=tuple(stop),
-                max_tokens=min(max_tokens, served.max_len),
+                **stops,
+                max_tokens=served.max_len if max_tokens < 0 else min(max_tokens, served.max_len),
                 logprobs=log_probs,
                 seed=None if request.seed is None else request.seed + i,
                 constraint=served.grammars.constraint(grammar) if grammar else None,

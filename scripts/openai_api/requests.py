@@ -1,94 +1,21 @@
 """The bodies of /v1/chat/completions and /v1/completions, checked field by field.
 
-Types are strict ("1" is not 1), and an unlisted field is refused rather than ignored. `parse` turns
-a body into one of the models, or names the faulty field in an ApiError.
+What holds for the fields of messages (see `messages`) holds for these. The fields of other servers
+that are listed here mean the same as there.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from scripts.openai_api.errors import ApiError
+from scripts.openai_api.messages import Body, Message, NotServed, Unused, check_results
 
 MOST_CHOICES = 128
-NOT_SERVED = {  # fields of the original that would change the completion
-    "suffix": "inserting text before a suffix is not supported",
-    "functions": "use tools",
-    "function_call": "use tool_choice",
-    "audio": "this model writes text only",
-    "prediction": "predicted outputs are not supported",
-    "web_search_options": "there is no web search; offer a tool",
-    "image_url": "this model reads text only",
-    "input_audio": "this model reads text only",
-    "file": "this model reads text only",
-}
-
-Unused = Field(None, description="Without effect.")
+# -1, as in other servers: as many as there is room for
+Length = Annotated[int, Field(ge=1)] | Literal[-1]
 
 
-Parsed = TypeVar("Parsed", bound=BaseModel)
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-Text = str | list[TextPart]
-
-
-class CalledFunction(Strict):
-    name: str
-    arguments: str = Field(description="A JSON object as text.")
-
-
-class ToolCall(Strict):
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = Unused
-
-
-class PlainMessage(Strict):
-    role: Literal["system", "developer", "user"]
-    content: Text
-    name: str | None = Unused
-
-
-class AssistantMessage(Strict):
-    role: Literal["assistant"]
-    content: Text | None = Field(None, description="May be null if there are tool_calls.")
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    name: str | None = Unused
-    refusal: str | None = Unused
-    annotations: list[Any] | None = Unused
-    audio: None = None
-    function_call: None = None
-
-    @model_validator(mode="after")
-    def says_something(self) -> "AssistantMessage":
-        if self.content is None and not self.tool_calls:
-            raise ValueError("an assistant's message needs content or tool_calls")
-        return self
-
-
-class ToolMessage(Strict):
-    role: Literal["tool"]
-    content: Text
-    tool_call_id: str = Field(description="The id of a call that was made before.")
-    name: str | None = Unused
-
-
-Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-
-
-class Function(Strict):
+class Function(Body):
     name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
@@ -99,56 +26,62 @@ class Function(Strict):
     )
 
 
-class Tool(Strict):
+class Tool(Body):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(Strict):
+class NamedFunction(Body):
     name: str
 
 
-class NamedTool(Strict):
+class NamedTool(Body):
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(Strict):
-    name: str = Field("answer", pattern="^[a-zA-Z0-9_-]{1,64}$", description="Without effect.")
+class JsonSchema(Body):
+    name: str | None = Unused
     description: str | None = Unused
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="Without effect: the schema is always followed.")
 
 
-class PlainFormat(Strict):
+class PlainFormat(Body):
     type: Literal["text", "json_object"]
 
 
-class JsonSchemaFormat(Strict):
+class JsonSchemaFormat(Body):
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
-class StreamOptions(Strict):
+class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(
         None, description="Without effect: chunks are not padded."
     )
 
 
-class TemplateOptions(Strict):
+class TemplateOptions(Body):
     enable_thinking: bool | None = None
     open_thinking: bool | None = Field(None, description="The same as enable_thinking.")
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(Body):
     """The fields that both endpoints have."""
 
     model: str
     temperature: float | None = Field(
         None, ge=0, le=2, description="Default 1; 0 is greedy decoding."
     )
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Sample among the most probable tokens that together have this probability; "
+        "0 leaves the most probable one, which is greedy decoding.",
+    )
     top_k: int | None = Field(
         None, ge=-1, description="Extension: sample among the k most probable; 0 and -1: all."
     )
@@ -167,7 +100,11 @@ class GenerationRequest(Strict):
     seed: int | None = Field(
         None, description="The same seed gives the same completion; choice i takes seed + i."
     )
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(
+        None,
+        description="Looked for in free text: not in reasoning, in the arguments of calls, or in "
+        "JSON that is enforced.",
+    )
     ignore_eos: bool | None = Field(None, description="Extension: continue until max_tokens.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -182,11 +119,19 @@ class GenerationRequest(Strict):
 
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(
-        None, ge=1, description="Cut to the room in the context, which is the default."
+    max_tokens: Length | None = Field(
+        None, description="Cut to the room in the context, which is the default; -1: all of it."
     )
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="The same; it wins where both are given."
+    max_completion_tokens: Length | None = Field(
+        None, description="The same; it wins where both are given."
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="Extension. Default true, the model begins a message of its own; false: it "
+        "writes what follows the last message. Must not be true with continue_final_message.",
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Extension: continue the text of the last message, an assistant's."
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -201,14 +146,20 @@ class ChatRequest(GenerationRequest):
     )
     chat_template_kwargs: TemplateOptions | None = None
     modalities: list[Literal["text"]] | None = None
-    metadata: dict[str, str] | None = Unused
+    metadata: dict[str, Any] | None = Unused
     store: bool | None = Field(None, description="Without effect: nothing is stored.")
     service_tier: str | None = Unused
     safety_identifier: str | None = Unused
     prompt_cache_key: str | None = Field(
         None, description="Without effect: beginnings in common are always reused."
     )
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Unused
+    suffix: None = NotServed
+    functions: None = NotServed
+    function_call: None = NotServed
+    audio: None = NotServed
+    prediction: None = NotServed
+    web_search_options: None = NotServed
 
     @model_validator(mode="after")
     def fields_agree(self) -> "ChatRequest":
@@ -224,22 +175,38 @@ class ChatRequest(GenerationRequest):
             )
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice 'required' needs tools")
-        self.ends_agree(names)
+        if self.ignore_eos and (names or self.content_schema() is not None):
+            raise ValueError(
+                "ignore_eos never ends, but tools and response_format decide the end: choose one"
+            )
+        if self.continue_final_message:
+            self.check_continuation()
         check_results(self.messages)
         self.thinking()
         return self
 
-    def ends_agree(self, tools: Sequence[str]) -> None:
-        """ValueError for two fields that disagree about the end of the completion."""
-        is_json = self.content_schema() is not None
-        if self.ignore_eos and (tools or is_json):
+    def check_continuation(self) -> None:
+        """ValueError unless the last message can be continued."""
+        last = self.messages[-1]
+        if self.add_generation_prompt:
             raise ValueError(
-                "ignore_eos never ends, but tools and response_format decide the end: choose one"
+                "continue_final_message continues the last message, add_generation_prompt begins "
+                "a new one: set one of them to false"
             )
-        if self.stop and (is_json or self.must_call()):
+        if last.role != "assistant":
             raise ValueError(
-                "stop would cut off JSON or calls that must be complete: leave it out, or leave "
-                "out response_format and the tool_choice that demands a call"
+                f"continue_final_message: the last message has the role {last.role!r}; end with "
+                "an assistant's message, whose text will be continued"
+            )
+        if last.tool_calls:
+            raise ValueError(
+                "continue_final_message: the last message ends with tool_calls, which cannot be "
+                "continued; leave them out, or add their results"
+            )
+        if not self.has_free_text():
+            raise ValueError(
+                "continue_final_message: a call or JSON that is enforced cannot begin within a "
+                "message; leave out tool_choice or response_format"
             )
 
     def content_schema(self) -> dict[str, Any] | None:
@@ -248,6 +215,10 @@ class ChatRequest(GenerationRequest):
         if form is None or form.type == "text":
             return None
         return form.json_schema.schema_ if form.type == "json_schema" else {"type": "object"}
+
+    def has_free_text(self) -> bool:
+        """Whether the completion may have content that no schema decides."""
+        return self.content_schema() is None and not self.must_call()
 
     def must_call(self) -> bool:
         """Whether the completion has to call a tool."""
@@ -264,29 +235,19 @@ class ChatRequest(GenerationRequest):
         return given.pop() if given else None
 
 
-def check_results(messages: Sequence[Message]) -> None:
-    """ValueError for a tool's result that belongs to no call."""
-    made = set()
-    for i, message in enumerate(messages):
-        if message.role == "assistant":
-            made |= {call.id for call in message.tool_calls or ()}
-        elif message.role == "tool" and message.tool_call_id not in made:
-            raise ValueError(
-                f"messages[{i}].tool_call_id: no call before it has the id {message.tool_call_id!r}"
-            )
-
-
 class CompletionRequest(GenerationRequest):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         description="One or several texts or lists of token ids."
     )
     max_tokens: int | None = Field(
-        None, ge=0, description="Default 16; 0 with echo only scores the prompt."
+        None,
+        ge=-1,
+        description="Default 16; 0 with echo only scores the prompt; -1: all the room there is.",
     )
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, description="Must be n, if given.")
-    suffix: None = None
+    suffix: None = NotServed
 
     @model_validator(mode="after")
     def fields_agree(self) -> "CompletionRequest":
@@ -301,50 +262,3 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]
         return self.prompt
-
-
-def parse(model: type[Parsed], body: bytes) -> Parsed:
-    """The request in `body` as an instance of `model`. ApiError 400 unless it is fitting JSON."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise explain(error) from None
-
-
-def explain(error: ValidationError) -> ApiError:
-    """The ApiError of the first fault; of several readings of a field, that of the furthest."""
-    faults = error.errors(include_url=False, include_input=False)
-    worst = max(faults, key=lambda one: len(one["loc"]))
-    where = readable_path(worst["loc"])
-    if worst["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {worst['ctx']['error']}")
-    field = str(worst["loc"][-1]) if worst["loc"] else ""
-    message = worst["msg"].removeprefix("Value error, ")
-    if worst["type"] == "extra_forbidden":
-        message = NOT_SERVED.get(field, "there is no such field, or it is not supported")
-    elif field == "type" and "content" in worst["loc"]:
-        message = "only text parts are supported: this model reads text only"
-    elif field in NOT_SERVED:
-        message = NOT_SERVED[field]
-    return ApiError(
-        400,
-        f"{where}: {message}" if where else message,
-        param=where or None,
-        code="unsupported_parameter" if worst["type"] == "extra_forbidden" else "invalid_value",
-    )
-
-
-def readable_path(loc: tuple[str | int, ...]) -> str:
-    """messages[0].content from ("messages", 0, "user", "content", "str"): without the names of
-    pydantic's alternatives.
-    """
-    path = ""
-    for i, part in enumerate(loc):
-        is_tag = loc[:i] == ("response_format",) or (i == 2 and loc[0] == "messages")
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif (
-            not is_tag and "[" not in part and part not in ("str", "int") and not part[:1].isupper()
-        ):
-            path += f".{part}" if path else part
-    return path

@@ -55,7 +55,12 @@ class ChatChoice:
 
     def __init__(self, index: int, plan: Plan, served: ServedModel, envelope: Envelope):
         self.index, self.served, self.envelope, self.plan = index, served, envelope, plan
-        self.parser = ReplyParser(plan.in_reasoning, plan.offers_tools, plan.trusts_calls)
+        self.parser = ReplyParser(
+            plan.in_reasoning,
+            tools=plan.offers_tools,
+            trust_calls=plan.offers_tools,
+            is_begun=plan.is_begun,
+        )
         self.events, self.log_probs, self.finish_reason = [], [], None
         self.reasoning_tokens, self.num_calls, self.is_begun = 0, 0, False
 
@@ -72,7 +77,7 @@ class ChatChoice:
             events += self.parser.finish()
         self.num_calls += sum(isinstance(event, CallStart) for event in events)
         self.finish_reason = piece.finish_reason
-        is_cut = self.parser.state == "arguments"  # by a stop text
+        is_cut = self.parser.state == "arguments"  # by a grammar that failed
         if self.num_calls and piece.finish_reason == "stop" and not is_cut:
             self.finish_reason = "tool_calls"
         return events

@@ -62,3 +62,23 @@ def test_stop_texts(tokenizer):
 def test_text_that_cannot_be_a_stop_text_any_more_is_handed_out_at_once(tokenizer):
     stream = TextStream(token_bytes(tokenizer), ("END",))
     assert [stream.push(token) for token in spell(tokenizer, "aENx")] == ["a", "", "", "ENx"]
+
+
+def test_stop_texts_are_looked_for_between_switches(tokenizer):
+    pieces = token_bytes(tokenizer)
+    off, on = tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
+    for text, in_scope, expected in (
+        ("ab<tool_call>xEND</tool_call>cENDd", True, "ab<tool_call>xEND</tool_call>c"),
+        ("aEN<tool_call>D</tool_call>D", True, "aEN<tool_call>D</tool_call>D"),
+        ("xEND</tool_call>\n\nENDd", False, "xEND</tool_call>\n\n"),
+        ("xEND", False, "xEND"),
+        ("aENDb<tool_call>", True, "a"),
+    ):
+        ids = tokenizer(text).input_ids
+        stream = TextStream(pieces, ("END",), {off: False, on: True}, in_scope)
+        parts = [stream.push(token) for token in ids] + [stream.finish()]
+        assert "".join(parts) == stream.text == expected
+    stream = TextStream(pieces, ("\n\n",), {off: False, on: True})
+    for token in tokenizer("</tool_call>\n\na\n\nb").input_ids:
+        stream.push(token)
+    assert stream.text == "</tool_call>\n\na"  # the first line breaks belong to the token

@@ -266,30 +266,6 @@ def test_json_or_calls(client):
     assert chat(client, **options, logit_bias={"3": 100}).choices[0].message.tool_calls
 
 
-def test_stop_texts_never_pass_for_a_complete_call(client):
-    for form in (
-        {"tools": [WEATHER], "tool_choice": "required"},
-        {"tools": [WEATHER], "tool_choice": NAMED},
-        {"response_format": {"type": "json_object"}},
-        {"response_format": by_schema(CITY)},
-    ):
-        with pytest.raises(openai.BadRequestError, match="stop would cut off"):
-            chat(client, **form, stop="0")
-    options = dict(
-        tools=[WEATHER],
-        parallel_tool_calls=False,
-        max_tokens=300,
-        temperature=0,
-        logit_bias={"3": 100},
-    )
-    assert chat(client, **options, stop="nowhere").choices[0].finish_reason == "tool_calls"
-    cut = chat(client, **options, stop="days").choices[0]
-    assert (
-        cut.finish_reason == "stop"
-        and joined(chat(client, **options, stop="days", stream=True))[0][0]["reason"] == "stop"
-    )
-
-
 def test_results_belong_to_a_call(client):
     result = {"role": "tool", "tool_call_id": "call_1", "content": "7"}
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -310,7 +286,11 @@ def test_results_belong_to_a_call(client):
         ({"response_format": by_schema({"type": "nothing"})}, "cannot be followed: Invalid type"),
         ({"response_format": by_schema({"not": {}})}, "Unimplemented"),
         ({"response_format": by_schema({"$ref": "http://elsewhere/schema"})}, "cannot be followed"),
-        ({"response_format": by_schema({"type": "string", "pattern": "("})}, "cannot be followed"),
+        ({"response_format": by_schema({"type": "string", "pattern": "("})}, r"\( error: unclosed"),
+        (
+            {"response_format": by_schema({"type": "string", "pattern": "^(?=x)"})},
+            r"parse error: \^\(\?=x\) error: look-around",
+        ),
         (
             {
                 "tools": [
@@ -326,7 +306,10 @@ def test_results_belong_to_a_call(client):
         (
             {
                 "tools": [
-                    {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": {"not": {}}, "strict": True},
+                    }
                 ],
                 "tool_choice": "required",
             },

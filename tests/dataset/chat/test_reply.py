@@ -172,3 +172,12 @@ def test_the_template_and_the_parser_are_inverse(tokenizer):
         assert encode_conversation(tokenizer, [*prompt, collect(events)]) == (ids, is_target)
         for one in collect(events).get("tool_calls", []):
             json.loads(one["function"]["arguments"])
+
+
+def test_a_prompt_may_have_begun_the_answer():
+    parser = ReplyParser(is_begun=True)
+    events = [*parser.feed("\n\n<think>no</think> "), *parser.feed(CALL), *parser.finish()]
+    assert events[0] == Content("\n\n<think>no</think> ")
+    assert collect(events)["tool_calls"] == [call()]
+    parser = ReplyParser(in_reasoning=True, is_begun=True)
+    assert parser.feed("\n\nso</think>\n\nyes") == [Reasoning("\n\nso"), Content("yes")]
