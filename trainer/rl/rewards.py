@@ -126,7 +126,7 @@ def check_answer(row: dict) -> None:
             fault = f'"answer" is {answer!r}'
         raise ValueError(
             f"{fault}: nothing tells whether a completion is right. Give a text or a number as "
-            '"answer", or --rewards without answer'
+            '"answer", or --rewards without answer, such as model:FOLDER=1 of a reward model'
         )
     if choices and str(answer) not in choices:
         raise ValueError(
