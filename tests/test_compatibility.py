@@ -15,8 +15,9 @@ from scripts.evaluate_stages import StageArgs
 from scripts.make_teacher_rows import TeacherArgs
 from scripts.serve_openai_api import ServeArgs
 from tests.helpers.flags import STAGES, args_class
+from tests.helpers.tutorial_flags import FLAGS
 from trainer.runtime.arguments import ROOT, flags_of, parse_args
-from trainer.runtime.foreign_flags import EXPLAINED
+from trainer.runtime.foreign_flags import EXPLAINED, explanation
 
 OF_RL = ("grpo", "ppo", "spo", "agent")
 PLACES = {  # the first column of a row -> dataclasses of flags
@@ -48,6 +49,8 @@ WORDS = {
     "SPO": "spo",
     "全部": "all",
 }
+# explained on scripts that do not have them
+OF_SOME_SCRIPTS = ("load_from", "lora_weight", "inference_rope_scaling", "stream")
 DOCUMENTS = ("compatibility.md", "compatibility_zh.md")
 HEADINGS = (
     ("Every training", "Single", "Reinforcement", "Scripts"),
@@ -146,10 +149,9 @@ def test_an_explained_name_is_no_flag_and_the_programs_say_what_to_type(name, ca
     }
     if name == "num_iterations":  # nanochat's: TRL's is another thing
         assert accepting == set(PLACES["all"])
-    elif name in ("load_from", "lora_weight", "inference_rope_scaling"):
-        assert not accepting & set(PLACES["every stage"])
     else:
-        assert not accepting
+        assert not accepting & set(PLACES["every stage"])
+        assert not accepting or name in OF_SOME_SCRIPTS
     texts = set()
     for cls in classes - accepting:
         with pytest.raises(SystemExit):
@@ -157,6 +159,16 @@ def test_an_explained_name_is_no_flag_and_the_programs_say_what_to_type(name, ca
         error = capsys.readouterr().err
         texts |= {error.split("not a flag here: ")[1]} if "not a flag here: " in error else set()
     assert len(texts) == (2 if name == "load_from" else 1), texts
+
+
+@pytest.mark.parametrize("program", FLAGS)
+def test_every_flag_of_the_tutorials_is_accepted_or_explained(program):
+    for cls in PLACES[program]:
+        flags = flags_of(cls)
+        accepted = {x for name, flag in flags.items() for x in (name, *flag["aliases"])}
+        known = {f"--{name}" for name in flags}
+        unknown = [name for name in FLAGS[program] if name not in accepted]
+        assert all(explanation(name, known) for name in unknown), unknown
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

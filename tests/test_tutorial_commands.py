@@ -22,7 +22,7 @@ from scripts.terminal_chat import Talk
 from tests.helpers.fake_rollout_server import FakeServer
 from tests.helpers.other_checkout import write_checkout
 from tests.helpers.prompt_rows import FUNCTION
-from trainer.runtime import data, tracker
+from trainer.runtime import data, tracker, usual_files
 from trainer.runtime.arguments import ROOT
 from trainer.runtime.metrics import read_metrics
 from trainer.runtime.process import Compute
@@ -44,7 +44,7 @@ def template(tmp_path_factory):
 def checkout(template, tmp_path, monkeypatch):
     """A copy of the folder, in which `type_command` is at home."""
     folder = shutil.copytree(template, tmp_path / "minimind")
-    monkeypatch.setattr(data, "DATASET", folder / "dataset")
+    monkeypatch.setattr(usual_files, "DATASET", folder / "dataset")
     monkeypatch.setattr(data, "TOY", tmp_path / "toy")
     monkeypatch.setattr("trainer.runtime.loop.plot_curve", lambda folder: None)
     monkeypatch.chdir(folder)
@@ -96,6 +96,14 @@ def test_a_stage_takes_the_file_of_its_tutorial(line, more, file, run, checkout,
     assert last_step(checkout / "out" / (run or "full_sft_64x1"))["step"] == 2
     if "--from_weight" not in more and "pretrain" not in line:  # they began from out/*.pth
         assert f"full_sft_64.pth: the tokenizer of {checkout / 'model'}" in out
+
+
+def test_a_tokenizer_is_trained_on_the_file_of_its_tutorial(checkout, capsys):
+    line = "cd trainer && python train_tokenizer.py"
+    type_command(line, "--save_dir ../model_learn_tokenizer/ --vocab_size 400")
+    file = checkout / "dataset" / "sft_t2t_mini.jsonl"
+    assert f"learning from {file}" in capsys.readouterr().out
+    assert (checkout / "model_learn_tokenizer" / "tokenizer.json").is_file()
 
 
 def test_the_first_chapter_from_pretraining_to_a_chat(checkout, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ EXPLAINED: dict[str, str | tuple[str, ...]] = {
     "reasoning": "reasoning is --enable_thinking on, off, or model: as the model likes",
     "debug_mode": TRANSCRIPTS,
     "debug_interval": f"{TRANSCRIPTS}; --log_interval says how often",
-    "debug_log_ratio": "metrics.jsonl has the ratio of each step",
+    "debug_log_ratio": "metrics.jsonl has approx_kl and clip_fraction: leave it out",
     "sglang_model_path": "the tokenizer is that of --from_weight: leave it out",
     "max_total_len": "the longest episode, prompt and tools included, is --max_seq_len",
     "mini_batch_size": "a step's completions are cut into --num_minibatches parts",
