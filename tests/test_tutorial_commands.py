@@ -222,6 +222,14 @@ def test_an_adapter_that_is_not_there_is_answered_with_those_that_are(checkout, 
         chat(monkeypatch, line)
 
 
+def test_a_run_of_another_name_is_answered_with_those_that_are_there(checkout):
+    (checkout / "minimind-3").rename(checkout / "out" / "ppo_64x1")
+    with pytest.raises(
+        ValueError, match=r"no weights are found as 'ppo_actor': .* only out/ppo_64"
+    ):
+        type_command("python eval_llm.py --weight ppo_actor", "--save_dir out")
+
+
 def test_the_server_takes_its_flags(checkout, monkeypatch):
     served = {}
     monkeypatch.setattr(
