@@ -447,5 +447,9 @@ def test_values_in_a_text():
         ("05:40", "At 05:40.", True),
         ("Rome", "in rome", True),
         ("Rome", "Romeo", False),
+        ("0.30000000000000004", "It is 0.3.", True),
+        ("62.1371", "62.1372", False),
+        ("62.1371", "62.137", False),
+        ("3", "3.0000001", False),
     ):
         assert eval_toolcall.contains(text, value) == found, (value, text)
