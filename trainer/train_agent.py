@@ -137,9 +137,10 @@ def main(argv: list[str] | None = None) -> None:
     with Run(args) as run:
         model, saved, tokenizer, reference = load_policy(run)
         prompts, held_out, fingerprint = open_prompts(run, model, tokenizer, "agent")
-        rewards, pad_id = Rewards(run, tokenizer, TOY_TOOLS), tokenizer.pad_token_id
-        rollout = open_rollout(run, model, saved, tokenizer)
         tools = open_tools(run, [prompts, *held_out.values()], TOY_TOOLS)
+        pure_tools = TOY_TOOLS if args.tools else tools  # the user's own may do anything
+        rewards, pad_id = Rewards(run, tokenizer, pure_tools), tokenizer.pad_token_id
+        rollout = open_rollout(run, model, saved, tokenizer)
         sampler = Episodes(run, rollout, tokenizer, tools)
         stream, baseline = None, partial(group_baseline, size=args.num_generations)
         if args.loss_type == "spo":

@@ -4,10 +4,12 @@ the model sees, and the reward that rows without a list of calls have.
 
 import pytest
 
+from dataset.chat.tools import EVERYDAY_TOOLS, load_tools
+from dataset.toy.tools import tool_schemas
 from tests.helpers.checkpoints import load_tokenizer
 from tests.helpers.prompt_rows import folder_of, policy_flags, record_samples, steps, write_policy
 from tests.helpers.tool_episodes import Script, call, results
-from tests.helpers.tutorial_rows import write_agent_rl, write_rlaif
+from tests.helpers.tutorial_rows import write_agent_rl, write_rlaif, write_rows
 from trainer import train_agent, train_grpo, train_ppo, train_spo
 
 
@@ -92,3 +94,27 @@ def test_a_file_of_tools_that_lacks_some_is_told_where_they_are(tmp_path):
     path = write_agent_rl(tmp_path / "agent_rl.jsonl")
     with pytest.raises(ValueError, match=r"--tools \(dataset/chat/everyday_tools.py has calculate"):
         train_agent.main(flags(tmp_path, path, rewards=None, tools=tmp_path / "mine.py"))
+
+
+def test_calls_of_everyday_tools_compare_by_their_results(tmp_path, monkeypatch):
+    """Next to the toy world's tools in one file: 7 × 8 is the call 7*8, and no other sum."""
+    schemas = [load_tools(EVERYDAY_TOOLS).tools["calculate_math"].schema]
+    system = {"role": "system", "content": "", "tools": schemas + tool_schemas(("get_time",))}
+    calls = [{"name": "calculate_math", "arguments": {"expression": "7*8"}}]
+    row = {"conversations": [system], "gt": ["56"], "calls": calls}
+    rows = [
+        {**row, "conversations": [system, {"role": "user", "content": f"{i} 乘"}]} for i in range(8)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    other = call("calculate_math", expression="7 + 49 + 1")
+
+    def reply(prompt, seed):
+        return other if seed % 2 and "<tool_response>" not in prompt else perfect(prompt, 1)
+
+    monkeypatch.setattr(train_agent, "open_rollout", lambda *_: Script(load_tokenizer(), reply))
+    rollouts = record_samples(monkeypatch, train_agent)
+    train_agent.main(flags(tmp_path, path, rewards=None, max_completion_length=64))
+    found = {
+        (results(one)[0]["result"], one.rewards["tools"]) for rollout in rollouts for one in rollout
+    }
+    assert found == {("56", 1), ("57", 0)}
