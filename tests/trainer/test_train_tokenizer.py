@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer
 from dataset.files.jsonl import read_rows
 from dataset.tokenizer_texts import is_held_out, num_bytes
 from tests.helpers.bilingual import EN, ZH, write_corpus, write_texts
+from trainer import train_tokenizer
 from trainer.train_tokenizer import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,3 +143,29 @@ def test_shipped_tokenizer_on_real_held_out_text():
             for text in rows
         )
         assert sum(map(len, rows)) / sum(len(tokenizer.encode(text).ids) for text in rows) > floor
+
+
+# --- words without end ---
+
+
+def test_words_of_200_000_letters_take_seconds(tmp_path):
+    """A row of one letter took 45 seconds as one word, for each join moves the rest of it."""
+    rng = random.Random(0)
+    words = [
+        "a" * 200_000,
+        "你" * 200_000,
+        "".join(rng.choices("abcdefgh", k=200_000)),
+        "=" * 10**5,
+    ]
+    write_texts(tmp_path / "long.jsonl", words)
+    start = time.perf_counter()
+    content = json.loads(run([str(tmp_path / "long.jsonl")], tmp_path / "a"))
+    assert time.perf_counter() - start < 20
+    assert "aaaaaaaa" in content["model"]["vocab"]
+
+
+def test_ordinary_text_is_not_cut(corpus, tmp_path, monkeypatch):
+    """The same bytes as from the texts themselves."""
+    first = run(corpus, tmp_path / "a")
+    monkeypatch.setattr(train_tokenizer, "cut_long_words", iter)
+    assert run(corpus, tmp_path / "b") == first
