@@ -96,6 +96,7 @@ class ToolEvalArgs(WeightArgs):
     json: str = arg("", "write the table to this file too")
 
     def check(self) -> None:
+        super().check()
         self.prompt = as_typed(self.prompt)
         check_positive(self, "limit", "max_new_tokens")
         check_not_negative(self, "max_rounds", "show", "temperature")
