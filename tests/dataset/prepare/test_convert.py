@@ -460,7 +460,8 @@ def test_rows_that_were_read_from_other_spellings_are_counted(tmp_path):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         return json.dumps({"messages": turns})
 
-    rows = [row("b"), row("<think>why</think>b"), row('<tool_call>{"name": "c"}</tool_call>')]
+    call = '<tool_call>{"name": "c", "arguments": {}}</tool_call>'
+    rows = [row("b"), row("<think>why</think>b"), row(call)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
     report = convert([str(tmp_path / "a.jsonl")], str(tmp_path / "b.jsonl"))
     assert (report.rows_written, report.rows_respelled) == (3, 2)
