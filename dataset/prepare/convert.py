@@ -49,13 +49,11 @@ MESSAGE_KEYS = {"from", "value", "role", "content", "tool_calls", "function_call
 MESSAGE_KEYS |= {*REASONING, *WEIGHTS}
 ROLES = {theirs: ours for ours, names in ROLES.items() for theirs in names}
 NAMED = 5
+OTHER_SPELLING = "tool calls, reasoning or weights read from another spelling"
 
 
 def convert_row(row: dict, format: str = "auto", notes: set[str] | None = None) -> dict:
-    """Return the row in our format; ValueError says why it cannot be.
-
-    notes: gets "respelled" if tool calls, reasoning or weights are read from another spelling.
-    """
+    """Return the row in our format; ValueError says why it cannot be. notes: gets "respelled"."""
     if None in row:  # where csv puts fields without a column
         raise ValueError(
             "more fields than the table's first line. Put quotes around fields with the separator."
@@ -324,13 +322,13 @@ def _as_messages(value):
     """Return a list of messages, given so, as one message or as JSON; other values as they are."""
     found = _as_json(value)
     found = [found] if isinstance(found, dict) else found
-    if (
-        isinstance(found, list)
-        and found
-        and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in found)
-    ):
+    if isinstance(found, list) and found and all(map(_is_message, found)):
         return found
     return value
+
+
+def _is_message(item) -> bool:
+    return isinstance(item, dict) and bool({"role", "from"} & item.keys())
 
 
 @dataclass
@@ -360,10 +358,7 @@ class ConvertReport:
             f"{self.rows_skipped:,} skipped"
         ]
         if self.rows_respelled:
-            lines.append(
-                "tool calls, reasoning or weights read from another spelling: "
-                f"{self.rows_respelled:,} rows"
-            )
+            lines.append(f"{OTHER_SPELLING}: {self.rows_respelled:,} rows")
         if self.left_out:
             keys = (f"{key} ({count:,} rows)" for key, count in self.left_out.items())
             lines.append(f"left out: {', '.join(keys)}")
