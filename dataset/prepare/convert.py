@@ -66,7 +66,7 @@ def convert_row(row: dict, format: str = "auto", notes: set[str] | None = None) 
     for key, messages in converted.items():
         if key != "text":
             read = read_messages(messages)
-            if notes is not None and read != messages:
+            if read != messages and notes is not None:
                 notes.add("respelled")
             converted[key] = [_with_json_calls(one) for one in read]
             check_conversation(converted[key])
@@ -138,9 +138,9 @@ def detect(row: dict) -> str:
 def from_text(row: dict) -> dict:
     """{"text"} or {"content"} -> {"text"}."""
     text = row.get("text", row.get("content"))
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("no text. Give a string that is not blank under 'text'.")
-    return {"text": text}
+    if isinstance(text, str) and text.strip():
+        return {"text": text}
+    raise ValueError("no text. Give a string that is not blank under 'text'.")
 
 
 def from_alpaca(row: dict) -> dict:
@@ -327,8 +327,8 @@ def _as_messages(value):
     return value
 
 
-def _is_message(item) -> bool:
-    return isinstance(item, dict) and bool({"role", "from"} & item.keys())
+def _is_message(item):
+    return isinstance(item, dict) and {"role", "from"} & item.keys()
 
 
 @dataclass
@@ -353,10 +353,8 @@ class ConvertReport:
 
     def __str__(self) -> str:
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
-        lines = [
-            f"rows: {self.rows_read:,} read, {self.rows_written:,} written ({formats}), "
-            f"{self.rows_skipped:,} skipped"
-        ]
+        written = f"{self.rows_written:,} written ({formats})"
+        lines = [f"rows: {self.rows_read:,} read, {written}, {self.rows_skipped:,} skipped"]
         if self.rows_respelled:
             lines.append(f"{OTHER_SPELLING}: {self.rows_respelled:,} rows")
         if self.left_out:
