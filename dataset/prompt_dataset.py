@@ -4,7 +4,7 @@ check its completion.
 A row is {"conversations": [..., {"role": "user", ...}], "answer": "42"} or with "gt": [...]; other
 keys stay in the row, for the rewards. Tools stand on the system message. {"question": "...",
 "answer": "42"} is a conversation of one message. A last message of the assistant, in some public
-files a placeholder, is left out: the model writes it.
+files a placeholder, is left out: the model writes it. Numbers in "gt" become texts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -134,13 +134,23 @@ def prompt_row(row: dict) -> tuple[dict, bool]:
             '"content": "..."}], "answer": "..."}.'
         )
     check_no_tools(row)
-    messages = read_messages(row["conversations"])
-    check_conversation(messages)
-    is_answered = messages[-1]["role"] == "assistant"
-    messages = messages[:-1] if is_answered else messages
+    messages = row["conversations"]
+    is_answered = has_answer(messages)
+    messages = read_messages(messages[:-1] if is_answered else messages)
+    if messages or not is_answered:
+        check_conversation(messages)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise ValueError("no question at the end. End with one of the user.")
-    return {**row, "conversations": messages}, is_answered
+    row = {**row, "conversations": messages}
+    if isinstance(row.get("gt"), list):
+        row["gt"] = [str(x) if type(x) in (int, float) else x for x in row["gt"]]
+    return row, is_answered
+
+
+def has_answer(messages: Any) -> bool:
+    """Whether the last message is the assistant's, be its content a text, empty or null."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
 
 
 class PromptSteps:

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from dataset.files.jsonl import find_shards, in_fraction, read_rows
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 HELD_OUT_EVERY = 50
 HAN = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
+MAX_WORD = 512  # characters: each join of a pair moves the rest of its word, so time is quadratic
+RUNS = (r"[^\W\d_]", r"(?:[^\w\s]|_)", r"\s")  # letters, signs, spaces: no word has two of them
+LONG_RUN = re.compile("|".join(rf"{one}{{{MAX_WORD}}}(?={one})" for one in RUNS))
 
 
 def is_held_out(line_no: int) -> bool:
@@ -51,6 +54,16 @@ def iter_texts(data_path: list[str], held_out: bool = False) -> Iterator[tuple[s
 def language(text: str) -> str:
     """ "zh" if a tenth of the characters or more are Han, else "en"."""
     return "zh" if len(HAN.findall(text)) * 10 >= max(1, len(text)) else "en"
+
+
+def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each cut after every MAX_WORD characters of a longer run of letters, signs or
+    spaces; where there is none, the text as it is.
+    """
+    for text in texts:
+        ends = [match.end() for match in LONG_RUN.finditer(text)]
+        for start, end in zip([0, *ends], [*ends, len(text)]):
+            yield text[start:end]
 
 
 def num_bytes(text: str) -> int:

@@ -4,6 +4,7 @@ the tools it calls.
     python scripts/serve_openai_api.py --weight full_sft &   # or any other server with this API
     python scripts/chat_api.py --prompt "Tell me the time in Lurubridge." --tools get_time
     python scripts/chat_api.py --tools my_tools.py           # your tools: see dataset/chat/tools.py
+    python scripts/chat_api.py --tools dataset/chat/everyday_tools.py --prompt "256 * 37?"
     python scripts/chat_api.py --think                       # without --prompt: a conversation
 """
 
@@ -21,6 +22,13 @@ sys.path.insert(0, str(ROOT))
 from dataset.chat.tools import ToolBox, load_tools
 from dataset.toy.tools import TOY_TOOLS
 from model.files import as_typed
+from scripts.openai_api.client import (
+    DEFAULT_URL,
+    connected,
+    first_model,
+    read_stream,
+    thinking_options,
+)
 from trainer.runtime.arguments import arg, check_positive, command, parse_args
 
 if TYPE_CHECKING:
@@ -31,8 +39,8 @@ MOST_ROUNDS = 5  # of tool calls for one question
 
 @dataclass
 class ChatArgs:
-    base_url: str = arg("http://127.0.0.1:8000/v1", "the server")
-    api_key: str = arg("none", "its key, if it asks for one")
+    base_url: str = arg(DEFAULT_URL, "the server")
+    api_key: str = arg("", "its key, if it asks for one (default: OPENAI_API_KEY)")
     model: str = arg("", "the model's name there (default: the first that it serves)")
     prompt: str | None = arg(None, "ask this one question and stop")
     tools: list[str] = arg(
@@ -73,27 +81,13 @@ def complete(client: OpenAI, messages: list[dict], args: ChatArgs) -> dict:
     options = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stream": True}
     if args.tools:
         options["tools"] = args.box.schemas()
-    if args.think is not None:
-        options["extra_body"] = {"chat_template_kwargs": {"enable_thinking": args.think}}
-    chunks = client.chat.completions.create(model=args.model, messages=messages, **options)
-    content, calls, thinks = "", [], False
-    for chunk in chunks:
-        delta = chunk.choices[0].delta
-        # an extension of the original API, so not in its types
-        reasoning = getattr(delta, "reasoning_content", None) or ""
-        if bool(reasoning) != thinks and (reasoning or delta.content):
-            print("]\n" if thinks else "[", end="")
-            thinks = not thinks
-        print(reasoning or delta.content or "", end="", flush=True)
-        content += delta.content or ""
-        for part in delta.tool_calls or ():
-            if part.id:  # a call begins; its arguments follow in pieces
-                function = {"name": part.function.name, "arguments": ""}
-                calls.append({"id": part.id, "type": "function", "function": function})
-            calls[part.index]["function"]["arguments"] += part.function.arguments or ""
-    print("]" if thinks else "")
-    message = {"role": "assistant", "content": content or None if calls else content}
-    return {**message, "tool_calls": calls} if calls else message
+    options |= thinking_options(args.think)
+    reply = read_stream(
+        client.chat.completions.create(model=args.model, messages=messages, **options)
+    )
+    if not reply.calls:
+        return {"role": "assistant", "content": reply.content}
+    return {"role": "assistant", "content": reply.content or None, "tool_calls": reply.calls}
 
 
 def answer(client: OpenAI, messages: list[dict], args: ChatArgs) -> None:
@@ -114,27 +108,18 @@ def answer(client: OpenAI, messages: list[dict], args: ChatArgs) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(ChatArgs, argv)
-    import openai
-
-    client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
-    try:
-        args.model = args.model or client.models.list().data[0].id
-        messages = []
+    args, messages = parse_args(ChatArgs, argv), []
+    with connected(args.base_url, args.api_key) as client:
+        args.model = args.model or first_model(client)
         while True:
-            text = args.prompt if args.prompt is not None else input("> ")
+            try:
+                text = args.prompt if args.prompt is not None else input("> ")
+            except EOFError:
+                return print()
             messages.append({"role": "user", "content": text})
             answer(client, messages, args)
             if args.prompt is not None:
                 return
-    except EOFError:
-        print()
-    except openai.APIConnectionError as error:
-        raise OSError(
-            f"no server answers at {args.base_url}: start one with scripts/serve_openai_api.py"
-        ) from error
-    except openai.APIError as error:  # of a status, or in the middle of a stream
-        raise ValueError(f"{args.base_url}: {error.message}") from error
 
 
 if __name__ == "__main__":

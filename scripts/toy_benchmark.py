@@ -40,6 +40,7 @@ def completer(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    top_p: float = 1.0,
 ) -> GenerateAll:
     """A `generate_all` for dataset.toy.scorer: greedy, or sampled with a seed per completion."""
 
@@ -49,7 +50,9 @@ def completer(
             for messages, tools in requests
         ]
         params = [
-            SamplingParams(temperature, max_tokens=max_new_tokens, seed=seed * 100_000 + i)
+            SamplingParams(
+                temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed * 100_000 + i
+            )
             for i in range(len(prompts))
         ]
         # the prompt opened the think block: reasoning that never ends is no answer

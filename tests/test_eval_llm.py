@@ -1,6 +1,7 @@
 """Talking to a model and measuring it from the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -452,3 +453,27 @@ def test_contradictory_flags_are_refused(written, message, capsys):
     with pytest.raises(SystemExit):
         eval_llm.main(written)
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_another_class_loads_without_running_its_code(theirs, tmp_path, monkeypatch):
+    folder = tmp_path / "minimind-3"
+    shutil.copytree(theirs / "model", folder)
+    state = torch.load(theirs / "out" / "full_sft_64.pth", weights_only=True)
+    torch.save(state, folder / "pytorch_model.bin")
+    shape = trained_network(theirs / "model").config
+    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
+    config = {name: getattr(shape, name) for name in names.split()}
+    config |= {"model_type": "minimind", "use_moe": False, "intermediate_size": 128}
+    config["auto_map"] = {
+        "AutoConfig": "model_minimind.MiniMindConfig",
+        "AutoModelForCausalLM": "model_minimind.MiniMindForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    trap = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    (folder / "model_minimind.py").write_text(trap, encoding="utf-8")
+    loaded = []
+    monkeypatch.setattr(Talk, "answer", lambda talk, text: loaded.append(talk.engine.model))
+    eval_llm.main(["--load_from", str(folder), "--prompt", "hi"])
+    ids, model = torch.arange(1, 9)[None], trained_network(theirs / "model")
+    torch.testing.assert_close(loaded[0](ids).logits, model(ids).logits, rtol=1e-1, atol=1e-1)
+    assert not (tmp_path / "ran").exists()

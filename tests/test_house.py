@@ -63,6 +63,7 @@ OWN_TESTS = {
     "tests/trainer/runtime/test_faults.py": "runs that are killed and interrupted",
     "tests/trainer/runtime/test_no_room.py": "runs without disk or memory",
     "tests/trainer/test_recorded_numbers.py": "losses that an earlier version has given",
+    "tests/trainer/test_tutorial_rows.py": "files of the minimind tutorials in several stages",
     "tests/trainer/test_stages.py": "what all stage scripts have in common",
     "tests/browser/test_web_demo_browser.py": "scripts/web_demo.py in a real browser",
 }

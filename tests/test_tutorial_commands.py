@@ -230,6 +230,12 @@ def test_a_run_of_another_name_is_answered_with_those_that_are_there(checkout):
         type_command("python eval_llm.py --weight ppo_actor", "--save_dir out")
 
 
+def test_calls_of_tools_are_counted(checkout, capsys):
+    line = "cd scripts && python eval_toolcall.py --weight full_sft"
+    type_command(line, "--save_dir ../out --device cpu --max_new_tokens 4 --limit 1")
+    assert "overall" in capsys.readouterr().out
+
+
 def test_the_server_takes_its_flags(checkout, monkeypatch):
     served = {}
     monkeypatch.setattr(

@@ -15,12 +15,12 @@ episode of each question (spo). All of an update's tokens count the same.
         --data_path questions.jsonl --tool_timeout 5
 
 Tools are Python functions (dataset/chat/tools.py says how to write them), run with a time limit;
-the default are the toy world's. Rows are {"conversations": [system message with "tools", question],
-"gt": [values of the answer], "calls": [calls that are needed]}. What to look at: reward/tools, the
-fraction of the needed calls that were made, next to reward/answer; turns/mean. From a model that
-guesses where it should call, 20 steps took held-out questions of one call from 41 to 96% and those
-of two from 11 to 85% in five minutes on a CPU (docs/LOG.md; scripts/evaluate_stages.py --stages
-agent).
+the default are the toy world's, and those of dataset/chat/everyday_tools.py if rows offer them.
+Rows are {"conversations": [system message with "tools", question], "gt": [values of the answer],
+"calls": [calls that are needed]}. What to look at: reward/tools, the fraction of the needed calls
+that were made, next to reward/answer; turns/mean. From a model that guesses where it should call,
+20 steps took held-out questions of one call from 41 to 96% and those of two from 11 to 85% in five
+minutes on a CPU (docs/LOG.md; scripts/evaluate_stages.py --stages agent).
 """
 
 import sys
@@ -56,7 +56,9 @@ class AgentArgs(PolicyArgs):
     epsilon_high: float | None = arg(
         None, "upper bound of the clip: 1 + this (default: by --loss_type)", aliases=("clip_high",)
     )
-    tools: str = arg("", "a Python file with tools of your own (default: those of the toy world)")
+    tools: str = arg(
+        "", "a Python file with tools of your own (default: those of the toy world, everyday tools)"
+    )
     tool_timeout: float = arg(5.0, "seconds that a tool may take", aliases=("tool_seconds",))
     max_turns: int = arg(4, "turns of an episode, at most: calls in the last one are not run")
 
@@ -88,7 +90,6 @@ check_flags(AgentArgs, __name__)  # --help need not wait for torch, which is imp
 
 import torch
 
-from dataset.chat.tools import load_tools
 from dataset.toy.tools import TOY_TOOLS
 from trainer.losses.advantages import group_advantages, has_spread, whiten
 from trainer.losses.policy import cispo_loss, clipped_loss, kl_estimate
@@ -102,7 +103,7 @@ from trainer.rl.experience import (
 )
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import Sample, draw_seed, rollout_metrics, sample_groups, total_rewards
-from trainer.rl.setup import load_policy, open_prompts, open_rollout, prompt_steps
+from trainer.rl.setup import load_policy, open_prompts, open_rollout, open_tools, prompt_steps
 from trainer.rl.transcripts import Transcripts
 from trainer.rl.validation import held_out_scores
 from trainer.rl.value_tracker import Score, SingleStream
@@ -136,11 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     with Run(args) as run:
         model, saved, tokenizer, reference = load_policy(run)
         prompts, held_out, fingerprint = open_prompts(run, model, tokenizer, "agent")
-        rewards, pad_id = Rewards(run, tokenizer, TOY_TOOLS), tokenizer.pad_token_id
+        tools = open_tools(run, [prompts, *held_out.values()], TOY_TOOLS)
+        pure_tools = TOY_TOOLS if args.tools else tools  # the user's own may do anything
+        rewards, pad_id = Rewards(run, tokenizer, pure_tools), tokenizer.pad_token_id
         rollout = open_rollout(run, model, saved, tokenizer)
-        tools = load_tools(args.tools) if args.tools else TOY_TOOLS
         sampler = Episodes(run, rollout, tokenizer, tools)
-        sampler.check([prompts, *held_out.values()])
         stream, baseline = None, partial(group_baseline, size=args.num_generations)
         if args.loss_type == "spo":
             stream = SingleStream(prompts.prompts, args.num_prompts)

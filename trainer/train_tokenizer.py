@@ -16,9 +16,11 @@ parameters instead of 77M.
 
 The shipped model/tokenizer.json was trained on 100 MB, half Chinese and half English, in 3 minutes
 on two cores; one of its tokens holds 1.33 Chinese or 3.15 English characters of held-out text
-(scripts/bench.py tokenizer compares it with others). A new tokenizer needs a new model: weights
-trained with another one do not fit. The same text and the same seed give the same file, byte for
-byte.
+(scripts/bench.py tokenizer compares it with others). Text without spaces is fine too: "words" of
+more than 512 characters (Chinese without punctuation, base64, a row of signs) are learned from in
+pieces, because the time that one takes grows with the square of its length. A new tokenizer needs a
+new model: weights trained with another one do not fit. The same text and the same seed give the
+same file, byte for byte.
 """
 
 import json
@@ -87,7 +89,7 @@ check_flags(TokenizerArgs, __name__)  # --help need not wait for the imports bel
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from dataset.tokenizer_texts import held_out_counts, sample_texts
+from dataset.tokenizer_texts import cut_long_words, held_out_counts, sample_texts
 from dataset.toy_world import write_world
 from model.files import write_json
 from trainer.runtime.usual_files import usual_file
@@ -109,7 +111,7 @@ def toy_paths() -> list[str]:
 
 def train(texts: list[str], vocab_size: int) -> dict:
     """The content of tokenizer.json: a byte-level BPE of vocab_size entries, or fewer if the text
-    is small.
+    is small. Words of more than 512 characters are learned from in pieces.
     """
     names = CONTROL_TOKENS + MARKUP_TOKENS
     names += [f"<|reserved_{i}|>" for i in range(NUM_ADDED - len(names))]
@@ -128,7 +130,7 @@ def train(texts: list[str], vocab_size: int) -> dict:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.train_from_iterator(cut_long_words(texts), trainer, length=len(texts))
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         print(
             f"warning: --vocab_size {vocab_size} not reached: the text has no pairs left to join "

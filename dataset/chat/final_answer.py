@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from dataset.chat.reply import strip_thinking
 
+CLOSE = Fraction(1, 10**6)  # floats that differ by less were rounded differently
 MAX_DIGITS = 100  # Python refuses to read 4,300
 NUMBER = re.compile(
     r"(?:负|minus |negative |(?<![\d.)\]])(?<![\d)\]] )[-−])?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)"
@@ -91,13 +92,18 @@ def last_mention(completion: str, candidates: Iterable[str]) -> str | None:
 
 
 def contains(text: str, value: str) -> bool:
-    """Whether a value stands in a text: a number as a number, anything else as whole words."""
+    """Whether a value stands in a text: a number as a number, anything else as whole words.
+
+    A number that is not whole may differ by less than CLOSE.
+    """
     text, value = normalise(text), normalise(value)
     number = to_number(value)
-    return (
-        number in numbers_in(text)
-        if number is not None
-        else last_mention(text, [value]) is not None
+    if number is None:
+        return last_mention(text, [value]) is not None
+    found = numbers_in(text)
+    is_whole = number.denominator == 1
+    return number in found or (
+        not is_whole and any(one is not None and abs(one - number) < CLOSE for one in found)
     )
 
 

@@ -29,6 +29,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # the compiled template is shared, and holds the spans of the one conversation that it renders
 RENDERING = threading.Lock()
 OPEN_THINK = "<think>"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINK = re.compile(r"<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 
@@ -67,12 +68,14 @@ def encode_conversation(
     hidden = hide(messages)
     if options.get("continue_final_message") and in_open_reasoning(messages[-1]):
         hidden[-1]["content"] = OPEN_THINK + hidden[-1]["content"].partition("think>")[2]
+    template = tokenizer.get_chat_template()
     with RENDERING:
         rendered, spans = render_jinja_template(
             conversations=[hidden],
             tools=hide(tools),
-            chat_template=tokenizer.get_chat_template(),
-            return_assistant_tokens_mask=True,
+            chat_template=template,
+            # warns about a template without
+            return_assistant_tokens_mask=bool(GENERATION.search(template)),
             **options,
         )
     plain = plain_encoder(tokenizer)
@@ -85,17 +88,18 @@ def encode_conversation(
         return ids
 
     text, position = rendered[0], 0
+    spans = spans[0] if spans else []
     input_ids, is_target = [], []
     answers = (message for message in messages if message["role"] == "assistant")
     wanted = [message.get("train", True) for message in answers]
     if all(wanted):
-        wanted = [True] * len(spans[0])
-    elif len(wanted) != len(spans[0]):
+        wanted = [True] * len(spans)
+    elif len(wanted) != len(spans):
         raise ValueError(
             "an answer is not to be trained, but the chat template marks no single answers "
             "({% generation %}). Use one that does."
         )
-    for (start, end), is_wanted in zip([*spans[0], (len(text), len(text))], [*wanted, False]):
+    for (start, end), is_wanted in zip([*spans, (len(text), len(text))], [*wanted, False]):
         for piece, trained in ((text[position:start], False), (text[start:end], is_wanted)):
             ids = encode(piece)
             input_ids += ids

@@ -32,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+EVERYDAY_TOOLS = Path(__file__).with_name("everyday_tools.py")
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 KINDS = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
 WORDS = {
@@ -227,6 +228,12 @@ def load_tools(path: str | Path) -> ToolBox:
             "above each function."
         )
     return ToolBox(dict.fromkeys(marked))
+
+
+def everyday_tools(names: Iterable[str]) -> list[Tool]:
+    """The tools of everyday_tools.py with these names; [] unless it has all of them."""
+    known, wanted = load_tools(EVERYDAY_TOOLS).tools, list(names)
+    return [known[name] for name in wanted] if known.keys() >= set(wanted) else []
 
 
 def run_file(path: str | Path, content: str, purpose: str) -> ModuleType:

@@ -49,10 +49,11 @@ MESSAGE_KEYS = {"from", "value", "role", "content", "tool_calls", "function_call
 MESSAGE_KEYS |= {*REASONING, *WEIGHTS}
 ROLES = {theirs: ours for ours, names in ROLES.items() for theirs in names}
 NAMED = 5
+OTHER_SPELLING = "tool calls, reasoning or weights read from another spelling"
 
 
-def convert_row(row: dict, format: str = "auto") -> dict:
-    """Return the row in our format; ValueError says why it cannot be."""
+def convert_row(row: dict, format: str = "auto", notes: set[str] | None = None) -> dict:
+    """Return the row in our format; ValueError says why it cannot be. notes: gets "respelled"."""
     if None in row:  # where csv puts fields without a column
         raise ValueError(
             "more fields than the table's first line. Put quotes around fields with the separator."
@@ -64,7 +65,10 @@ def convert_row(row: dict, format: str = "auto") -> dict:
     converted = FORMATS[format](row)
     for key, messages in converted.items():
         if key != "text":
-            converted[key] = [_with_json_calls(one) for one in read_messages(messages)]
+            read = read_messages(messages)
+            if read != messages and notes is not None:
+                notes.add("respelled")
+            converted[key] = [_with_json_calls(one) for one in read]
             check_conversation(converted[key])
             if not any(row.get(name) is not None for name in VERIFIED):  # a prompt has no answer
                 check_answers(converted[key])
@@ -134,9 +138,9 @@ def detect(row: dict) -> str:
 def from_text(row: dict) -> dict:
     """{"text"} or {"content"} -> {"text"}."""
     text = row.get("text", row.get("content"))
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("no text. Give a string that is not blank under 'text'.")
-    return {"text": text}
+    if isinstance(text, str) and text.strip():
+        return {"text": text}
+    raise ValueError("no text. Give a string that is not blank under 'text'.")
 
 
 def from_alpaca(row: dict) -> dict:
@@ -318,13 +322,13 @@ def _as_messages(value):
     """Return a list of messages, given so, as one message or as JSON; other values as they are."""
     found = _as_json(value)
     found = [found] if isinstance(found, dict) else found
-    if (
-        isinstance(found, list)
-        and found
-        and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in found)
-    ):
+    if isinstance(found, list) and found and all(map(_is_message, found)):
         return found
     return value
+
+
+def _is_message(item):
+    return isinstance(item, dict) and {"role", "from"} & item.keys()
 
 
 @dataclass
@@ -334,23 +338,25 @@ class ConvertReport:
     rows_read: int = 0
     rows_written: int = 0
     rows_skipped: int = 0
+    rows_respelled: int = 0  # written, with tool calls, reasoning or weights of other spellings
     formats: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     named: list[str] = field(default_factory=list)
 
-    def count(self, format: str, unused: list[str]) -> None:
+    def count(self, format: str, unused: list[str], respelled: bool) -> None:
         """Count a row that was written."""
         self.rows_written += 1
+        self.rows_respelled += respelled
         self.formats[format] = self.formats.get(format, 0) + 1
         for key in unused:
             self.left_out[key] = self.left_out.get(key, 0) + 1
 
     def __str__(self) -> str:
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
-        lines = [
-            f"rows: {self.rows_read:,} read, {self.rows_written:,} written ({formats}), "
-            f"{self.rows_skipped:,} skipped"
-        ]
+        written = f"{self.rows_written:,} written ({formats})"
+        lines = [f"rows: {self.rows_read:,} read, {written}, {self.rows_skipped:,} skipped"]
+        if self.rows_respelled:
+            lines.append(f"{OTHER_SPELLING}: {self.rows_respelled:,} rows")
         if self.left_out:
             keys = (f"{key} ({count:,} rows)" for key, count in self.left_out.items())
             lines.append(f"left out: {', '.join(keys)}")
@@ -377,7 +383,8 @@ def convert(
                 try:
                     row = parse_row(row) if isinstance(row, str) else row
                     kind = detect(row) if format == "auto" else format
-                    line, unused = dump_row(convert_row(row, kind)), unused_keys(row, kind)
+                    notes, unused = set(), unused_keys(row, kind)
+                    line = dump_row(convert_row(row, kind, notes))
                 except ValueError as error:
                     if bad_rows == "stop":
                         raise ValueError(f"{path}:{line_no}: {error}") from error
@@ -386,7 +393,7 @@ def convert(
                         report.named.append(f"skipped {path}:{line_no}: {error}")
                     continue
                 file.write(line)
-                report.count(kind, unused)
+                report.count(kind, unused, bool(notes))
         if not report.rows_written:
             raise ValueError(f"{', '.join(map(str, paths))}: no row could be converted.\n{report}")
     return report

@@ -12,7 +12,7 @@ import re
 from datetime import date, timedelta
 from fractions import Fraction
 
-from dataset.chat.arithmetic import evaluate
+from dataset.chat.arithmetic import calculate
 from dataset.chat.tools import Tool, ToolBox
 from dataset.toy.core import Call, Item, Level, Turn, op_key, pairs
 from dataset.toy.facts import COLOURS, NAME_MIDDLES, NAME_STARTS, compound
@@ -81,18 +81,6 @@ TWO_CITIES = {
 }
 
 
-def calculate(expression: str) -> int | float:
-    """The value of an arithmetic expression of at most 200 characters; ValueError if it is none."""
-    if not isinstance(expression, str) or len(expression) > 200:
-        raise ValueError("the expression must be a text of at most 200 characters")
-    text = expression.replace("×", "*").replace("÷", "/").replace("−", "-").strip()
-    try:
-        value = evaluate(text)
-    except (SyntaxError, ZeroDivisionError, RecursionError, OverflowError) as error:
-        raise ValueError(f"cannot work out {expression!r}: {error}") from error
-    return int(value) if value.denominator == 1 else float(round(value, 6))
-
-
 def oracle(text: str, size: int) -> int:
     """A fixed number below `size` for every text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % size
@@ -120,13 +108,18 @@ def convert(arguments: dict) -> int | float:
         value /= FACTORS[pair[::-1]]
     else:
         raise ValueError(f"cannot convert {arguments['from']} to {arguments['to']}")
+    return rounded(value)
+
+
+def rounded(value: Fraction) -> int | float:
+    """A whole number, or a float of at most six decimals. OverflowError if no float holds it."""
     return int(value) if value.denominator == 1 else float(round(value, 6))
 
 
 def run_one(name: str, arguments: dict) -> dict:
     """The result of a call whose arguments are complete."""
     if name == "calculator":
-        return {"result": calculate(arguments["expression"])}
+        return {"result": rounded(calculate(arguments["expression"]))}
     if name == "get_weather":
         return {"temperature": oracle("weather" + city_name(arguments["city"]), 40)}
     if name == "get_time":

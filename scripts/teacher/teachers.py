@@ -4,17 +4,17 @@
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import openai
 
-from dataset.chat.format import encode_prompt, normalize_conversation
+from dataset.chat.format import encode_prompt
 from dataset.chat.reply import parse_reply
 from model.engine import Engine
 from model.sampling import SamplingParams
 from scripts.checkpoint import load_checkpoint
+from scripts.openai_api.client import as_request, reasoning_of
 from scripts.teacher.jobs import Completion, Job
 from trainer.runtime.process import Compute
 
@@ -23,43 +23,10 @@ REFUSALS = (400, 413, 422)  # statuses by which a server refuses one request, no
 Take = Callable[[Job, Completion], None]
 
 
-def as_request(messages: list[dict]) -> dict[str, list]:
-    """Our messages for OpenAI's API: {"messages", "tools" if any}; calls and results get ids."""
-    messages, _ = normalize_conversation(messages)
-    sent, tools, waiting = [], [], []
-    for i, message in enumerate(messages):
-        one = {"role": message["role"], "content": message.get("content", "")}
-        if message.get("tools"):
-            tools = [json.loads(one) if isinstance(one, str) else one for one in message["tools"]]
-            tools = [
-                tool if "function" in tool else {"type": "function", "function": tool}
-                for tool in tools
-            ]
-        if message.get("tool_calls"):
-            calls = [as_call(call.get("function", call)) for call in message["tool_calls"]]
-            waiting = [f"call_{i}_{n}" for n in range(len(calls))]
-            one["tool_calls"] = [{"id": name, **call} for name, call in zip(waiting, calls)]
-        if message["role"] == "tool":
-            one["tool_call_id"] = waiting.pop(0) if waiting else "call"
-        if one["content"] or message["role"] != "system":
-            sent.append(one)
-    return {"messages": sent, "tools": tools} if tools else {"messages": sent}
-
-
-def as_call(function: dict) -> dict:
-    """A call in the API's form, without its id; the arguments become JSON text."""
-    arguments = function.get("arguments") or {}
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
 def as_message(reply: Any) -> dict:
     """The assistant's message of the openai package as one of ours."""
     message = {"role": "assistant", "content": reply.content or ""}
-    # servers use two names
-    reasoning = getattr(reply, "reasoning_content", None) or getattr(reply, "reasoning", None)
-    if reasoning:
+    if reasoning := reasoning_of(reply):
         message["reasoning_content"] = reasoning
     if reply.tool_calls:
         functions = [call.function for call in reply.tool_calls]

@@ -62,6 +62,15 @@ def test_a_last_answer_is_left_out_and_counted(tmp_path, tokenizer):
     assert "without their last answer, which the model writes: 1" in dataset.report
 
 
+@pytest.mark.parametrize("content", ["", "无", None])
+def test_numbers_and_placeholders_as_public_files_have_them(content, tmp_path, tokenizer):
+    question = {"role": "user", "content": "a", "reasoning_content": None, "tool_calls": None}
+    conversation = [question, {**question, "role": "assistant", "content": content}]
+    rows = [{"conversations": conversation, "gt": [6.5, 7, "x", True]}]
+    dataset = PromptDataset(write(tmp_path / "rows.jsonl", rows), tokenizer, 64)
+    assert dataset.rows[0] == {"conversations": [question], "gt": ["6.5", "7", "x", True]}
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

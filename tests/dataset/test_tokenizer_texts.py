@@ -1,8 +1,10 @@
 """The texts for a tokenizer: rows, languages, held-out lines, a balanced sample."""
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from dataset.tokenizer_texts import (
+    cut_long_words,
     is_held_out,
     iter_texts,
     language,
@@ -11,6 +13,7 @@ from dataset.tokenizer_texts import (
     sample_texts,
 )
 from tests.helpers.bilingual import ZH, write_corpus
+from trainer.train_tokenizer import QWEN2_PATTERN
 
 
 @pytest.fixture
@@ -71,3 +74,20 @@ def test_language():
 
 def test_held_out_rows():
     assert [line_no for line_no in range(1, 151) if is_held_out(line_no)] == [50, 100, 150]
+
+
+def test_only_words_of_more_than_512_characters_are_cut():
+    pattern = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
+    for letter in ("a", "你", "-", "_", "é", "ก", "\u0301", " ", "\n", "😀"):
+        for count in (511, 512):
+            text = f"so 2{letter * count}1 end"
+            assert list(cut_long_words([text])) == [text]
+        text = f"one two 2{letter * 1500}3 end."
+        parts = list(cut_long_words(["before", text, ""]))
+        assert len(parts) == 2 + 3 and "".join(parts) == f"before{text}"
+        words = [word for part in parts for word, _ in pattern.pre_tokenize_str(part)]
+        assert max(map(len, words)) <= 513  # a space may begin a word
+    digits = "7" * 2000  # each is a word
+    assert list(cut_long_words([digits])) == [digits]
+    mixed = "ab " * 3000 + "你好，" * 3000 + "x1" * 3000
+    assert list(cut_long_words([mixed])) == [mixed]

@@ -1,5 +1,5 @@
 """The flags that the scripts of the minimind tutorials have had from 2024-09 to 2026-08, by ours
-that take their place; those of eval_toolcall.py with an API are left out.
+that take their place.
 """
 
 _ALL = (
@@ -41,6 +41,7 @@ FLAGS = {
         "eval_llm.py": f"{_TALK} max_new_tokens temperature top_p open_thinking historys "
         "history_cnt stream show_speed",
         "serve_openai_api.py": _TALK,
-        "eval_toolcall.py": f"save_dir device weight load_from {_SHAPE} max_new_tokens",
+        "eval_toolcall.py": f"save_dir device weight load_from {_SHAPE} max_new_tokens temperature "
+        "top_p show_speed backend api_base_url api_key api_model stream",
     }.items()
 }

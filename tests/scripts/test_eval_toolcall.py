@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dataset.chat.final_answer import contains
 from dataset.files.jsonl import in_fraction
 from dataset.toy.rows import agent_row
 from dataset.toy.scorer import wilson
@@ -16,6 +17,7 @@ from dataset.toy.world import make_world
 from model.model_lora import AdapterOnly, LoRASettings, add_adapter, merge_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from scripts import eval_toolcall, toy_benchmark
+from scripts.tool_eval.verdicts import same_calls
 from scripts.toy_benchmark import evaluation_engine
 from tests.helpers.own_tools import write_tools
 
@@ -399,8 +401,12 @@ def test_one_question_with_own_tools(folder, says, tmp_path, capsys):
     ]
 
 
-def test_a_real_network_answers_something(folder, tmp_path):
+def test_a_real_network_answers_something(folder, tmp_path, capsys):
+    flags = ("--temperature", "0.9", "--top_p", "0.9", "--show_speed", "1")
     assert run(folder, tmp_path, "--max_new_tokens", "4", limit=2)["overall"]["n"] == 2
+    assert "tokens/s" not in capsys.readouterr().out
+    assert run(folder, tmp_path, "--max_new_tokens", "4", *flags, limit=2)["overall"]["n"] == 2
+    assert "tokens/s (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -432,10 +438,8 @@ def test_a_pretrained_model_is_refused(folder, tmp_path):
 
 def test_calls_compare_as_bags():
     one, other = ("f", {"a": 1}), ("f", {"a": 2})
-    assert eval_toolcall.same_calls([one, other], [other, one]) and eval_toolcall.same_calls([], [])
-    assert not eval_toolcall.same_calls([one, one], [one, other]) and not eval_toolcall.same_calls(
-        [one, one], [one]
-    )
+    assert same_calls([one, other], [other, one]) and same_calls([], [])
+    assert not same_calls([one, one], [one, other]) and not same_calls([one, one], [one])
 
 
 def test_values_in_a_text():
@@ -447,5 +451,9 @@ def test_values_in_a_text():
         ("05:40", "At 05:40.", True),
         ("Rome", "in rome", True),
         ("Rome", "Romeo", False),
+        ("0.30000000000000004", "It is 0.3.", True),
+        ("62.1371", "62.1372", False),
+        ("62.1371", "62.137", False),
+        ("3", "3.0000001", False),
     ):
-        assert eval_toolcall.contains(text, value) == found, (value, text)
+        assert contains(text, value) == found, (value, text)

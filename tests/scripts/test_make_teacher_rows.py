@@ -18,8 +18,9 @@ from dataset.toy.tools import tool_schemas
 from model.engine import Engine
 from model.sampling import SamplingParams
 from scripts import make_teacher_rows
+from scripts.openai_api.client import as_call, as_request
 from scripts.teacher.rows import MOST_REFUSED
-from scripts.teacher.teachers import as_call, as_message, as_request
+from scripts.teacher.teachers import as_message
 from tests.helpers.checkpoints import ROOT
 from tests.helpers.served import small_network
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.other_tokenizer import write_other_tokenizer
 from tests.helpers.runs import assert_same, interrupt, losses, metrics, weights
 from trainer import train_full_sft, train_pretrain
 from trainer.runtime import checkpoint as checkpoint_module
@@ -369,6 +370,25 @@ def test_a_tokenizer_that_does_not_fit_is_refused(flags, tmp_path):
     tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"the tokenizer has 6401 entries, the network 6400"):
         train_full_sft.main(flags("sft", from_weight=folder))
+
+
+def test_stages_train_with_a_tokenizer_of_ones_own(flags, tmp_path):
+    own = write_other_tokenizer(tmp_path / "own")
+    vocabulary = AutoTokenizer.from_pretrained(own).get_vocab()
+    train_pretrain.main(flags("pretrain", max_steps=2, tokenizer_path=own))
+    train_full_sft.main(flags("sft", max_steps=2, from_weight="pretrain"))
+    for stage in STAGES:
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / NAMES[stage])
+        assert tokenizer.get_vocab() == vocabulary
+        assert bool(tokenizer.chat_template) == (stage == "sft")
+
+
+def test_a_tokenizer_without_our_special_tokens_is_refused(flags, tmp_path):
+    own = write_other_tokenizer(tmp_path / "own")
+    text = (own / "tokenizer.json").read_text("utf-8")
+    (own / "tokenizer.json").write_text(text.replace("<|im_start|>", "<s>"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"own: the tokenizer has no special token <\|im_start\|>"):
+        train_full_sft.main(flags("sft", max_steps=2, from_weight="none", tokenizer_path=own))
 
 
 def test_validation_files_are_scored_each_by_itself(flags, rows, tmp_path):

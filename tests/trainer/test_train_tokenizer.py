@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from itertools import islice
@@ -12,8 +13,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dataset.files.jsonl import read_rows
-from dataset.tokenizer_texts import is_held_out, num_bytes
+from dataset.tokenizer_texts import cut_long_words, is_held_out, num_bytes
 from tests.helpers.bilingual import EN, ZH, write_corpus, write_texts
+from trainer import train_tokenizer
 from trainer.train_tokenizer import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,3 +142,34 @@ def test_shipped_tokenizer_on_real_held_out_text():
             for text in rows
         )
         assert sum(map(len, rows)) / sum(len(tokenizer.encode(text).ids) for text in rows) > floor
+
+
+# --- words without end ---
+
+
+def test_words_of_200_000_letters_are_learned_from_in_pieces(tmp_path, monkeypatch):
+    """As one word, a row of one letter took 45 seconds: each join moves the rest of the word."""
+    rng, longest = random.Random(0), []
+
+    def spy(texts):
+        pieces = list(cut_long_words(texts))
+        longest.append(max(map(len, pieces)))
+        return pieces
+
+    monkeypatch.setattr(train_tokenizer, "cut_long_words", spy)
+    words = [
+        "a" * 200_000,
+        "你" * 200_000,
+        "".join(rng.choices("abcdefgh", k=200_000)),
+        "=" * 10**5,
+    ]
+    write_texts(tmp_path / "long.jsonl", words)
+    content = json.loads(run([str(tmp_path / "long.jsonl")], tmp_path / "a"))
+    assert longest == [512] and "aaaaaaaa" in content["model"]["vocab"]
+
+
+def test_ordinary_text_is_not_cut(corpus, tmp_path, monkeypatch):
+    """The same bytes as from the texts themselves."""
+    first = run(corpus, tmp_path / "a")
+    monkeypatch.setattr(train_tokenizer, "cut_long_words", iter)
+    assert run(corpus, tmp_path / "b") == first

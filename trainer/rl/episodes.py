@@ -28,20 +28,6 @@ class Episodes:
         ids = encode_conversation(tokenizer, self.stub)[0]
         self.stub_end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
 
-    def check(self, datasets: list[PromptDataset]) -> None:
-        """ValueError unless the rows of these offer tools, all of which are there."""
-        offered = {name for dataset in datasets for row in dataset.rows for name in tools_of(row)}
-        if not offered:
-            raise ValueError(
-                'no row offers a tool: put "tools" on its system message, or take train_grpo.py '
-                "for rows without"
-            )
-        if missing := sorted(offered - set(self.tools)):
-            raise ValueError(
-                f"rows offer {', '.join(missing)}, and {self.args.tools or 'the toy world'} has "
-                f"{', '.join(self.tools)}: give a file that has all of them with --tools"
-            )
-
     def __call__(
         self,
         dataset: PromptDataset,

@@ -19,7 +19,9 @@ is logged by its name, unweighted.
                    --max_completion_length, of the longest turn (Yu et al. 2025, DAPO, eq. 13)
     repetition     minus the fraction of the sampled 3-grams of tokens that were there before
     tools          fraction of the row's "calls" that were made; where none is needed, 1 if none was
-                   tried, else 0
+                   tried, else 0; in a row with tools and "gt" but without "calls", one valid call
+                   is expected for each value of "gt", and each that is missing, too many or invalid
+                   takes off the fraction of one
     valid_calls    fraction of the attempted calls that name a tool on offer and fit its arguments;
                    1 if there were none
     FILE.py:NAME   the user's own function: NAME(text, row) -> number, of the (last) completion with
@@ -122,11 +124,11 @@ def check_answer(row: dict) -> None:
     is_value = isinstance(answer, str | int | float) and not isinstance(answer, bool)
     if not gt and not (is_value and str(answer).strip()):
         fault = f'neither "answer" nor "gt" among the keys {list(row)}'
-        if "answer" in row:
-            fault = f'"answer" is {answer!r}'
+        if given := {"answer", "gt"} & row.keys():
+            fault = f'"{min(given)}" is {row[min(given)]!r}'
         raise ValueError(
             f"{fault}: nothing tells whether a completion is right. Give a text or a number as "
-            '"answer", or --rewards without answer, such as model:FOLDER=1 of a reward model'
+            '"answer", or --rewards without answer, such as model:FOLDER=1 (a reward model)'
         )
     if choices and str(answer) not in choices:
         raise ValueError(
@@ -203,10 +205,15 @@ def attempted_calls(sample: Sample) -> tuple[list[tuple[str, dict]], int]:
 def tools(sample: Sample, context: Context) -> float:
     """The fraction of the needed calls that were made, in any order.
 
-    Needed are those in "calls", or the calls in "gt".
+    Needed are those in "calls", or the calls in "gt". If the row has neither, each value of "gt" is
+    expected to take one valid call.
     """
-    needed = needed_calls(sample.row)
+    row, needed = sample.row, needed_calls(sample.row)
     made, broken = attempted_calls(sample)
+    if not needed and row.get("calls") is None and row.get("gt") and tools_of(row):
+        expected, valid = len(row["gt"]), num_valid(sample)
+        gap = abs(valid - expected) + len(made) + broken - valid
+        return max(0.0, 1 - gap / expected)
     if not needed:
         return float(not made and not broken)
     offered = tools_of(sample.row)
@@ -246,14 +253,18 @@ def plain_value(value: Any) -> Any:
 def valid_calls(sample: Sample, context: Context) -> float:
     """The fraction of the attempted calls that can be made with the tools on offer."""
     calls, broken = attempted_calls(sample)
-    if not calls and not broken:
-        return 1.0
+    attempts = len(calls) + broken
+    return num_valid(sample) / attempts if attempts else 1.0
+
+
+def num_valid(sample: Sample) -> int:
+    """How many of the attempted calls can be made with the tools on offer."""
     schemas = [
         {**tool, "parameters": {"properties": {}, **(tool.get("parameters") or {})}}
         for tool in tools_of(sample.row).values()
     ]
     box = ToolBox(Tool({"type": "function", "function": schema}, None) for schema in schemas)
-    return sum(box.fault(*call) is None for call in calls) / (len(calls) + broken)
+    return sum(box.fault(*call) is None for call in attempted_calls(sample)[0])
 
 
 REWARDS = {

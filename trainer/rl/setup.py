@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat.tools import EVERYDAY_TOOLS, ToolBox, everyday_tools, load_tools
 from dataset.files.hashes import fingerprint
 from dataset.inspect_rows import show_prompts
 from dataset.prompt_dataset import PromptDataset, PromptSteps
@@ -15,8 +16,9 @@ from model.model_lora import AdapterOnly, LoRASettings, add_adapter
 from model.model_minimind import MiniMindForCausalLM
 from model.native_format import network_sha256
 from trainer.rl.arguments import reward_weights
-from trainer.rl.rewards import check_row
+from trainer.rl.rewards import check_row, tools_of
 from trainer.rl.rollout import Rollout
+from trainer.runtime.arguments import ROOT
 from trainer.runtime.data import split_validation, use_default_data
 from trainer.runtime.run import Inspected, Run
 from trainer.runtime.weights import find_base, load_model
@@ -69,6 +71,33 @@ def open_prompts(
     training, held_out = split_validation(run, dataset, build)
     start = run.ranks.from_main(lambda: network_sha256(model))
     return training, held_out, fingerprint(data=training.fingerprint, start=start)
+
+
+def open_tools(run: Run, datasets: list[PromptDataset], toy_tools: ToolBox) -> ToolBox:
+    """The tools of --tools, by default the toy world's: all that the rows of `datasets` offer.
+
+    Without --tools, those of dataset/chat/everyday_tools.py join where rows offer them. ValueError
+    if no row offers a tool, or if some are missing.
+    """
+    path = run.args.tools
+    tools = load_tools(path) if path else toy_tools
+    offered = {name for dataset in datasets for row in dataset.rows for name in tools_of(row)}
+    if not offered:
+        raise ValueError(
+            'no row offers a tool: put "tools" on its system message, or take train_grpo.py for '
+            "rows without"
+        )
+    if not (missing := sorted(offered - tools.tools.keys())):
+        return tools
+    everyday, file = everyday_tools(missing), EVERYDAY_TOOLS.relative_to(ROOT)
+    if everyday and not path:
+        run.print0(f"tools of {file}, because rows offer them: {', '.join(missing)}")
+        return ToolBox([*tools.tools.values(), *everyday])
+    hint = f" ({file} has {', '.join(missing)})" if everyday else ""
+    raise ValueError(
+        f"rows offer {', '.join(missing)}, and {path or 'the toy world'} has "
+        f"{', '.join(tools.tools)}: give a file that has all of them with --tools{hint}"
+    )
 
 
 def prompt_steps(run: Run, dataset: PromptDataset) -> PromptSteps:

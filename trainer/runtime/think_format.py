@@ -13,8 +13,14 @@ from trainer.runtime.run import Run
 
 
 def think_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of <think> and </think>."""
-    return tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    """The ids of <think> and </think>. ValueError if they are no single tokens."""
+    added = tokenizer.get_added_vocab()
+    if not {"<think>", "</think>"} <= added.keys():
+        raise ValueError(
+            "the tokenizer has no tokens <think> and </think>, which this stage needs: begin with "
+            "one that trainer/train_tokenizer.py has made"
+        )
+    return [added["<think>"], added["</think>"]]
 
 
 def bare_prompts(

@@ -566,3 +566,15 @@ def test_a_template_that_marks_no_answers_serves_prompts(tokenizer):
     assert plain.decode(encode_prompt(plain, messages)) == "user: a\nassistant: b\nuser: c\n"
     with pytest.raises(ValueError, match="the chat template marks no single answers"):
         encode_prompt(plain, [{**messages[1], "train": False}, messages[0]])
+
+
+def test_templates_that_call_thinking_open_thinking_get_it(tokenizer):
+    theirs = copy.deepcopy(tokenizer)
+    theirs.chat_template = (
+        "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}{% if open_thinking is defined and open_thinking is true %}"
+        "<think>{% else %}<think></think>{% endif %}{% endif %}"
+    )
+    for thinking, end in ((True, "<think>"), (False, "<think></think>"), (None, "<think></think>")):
+        ids = encode_prompt(theirs, [{"role": "user", "content": "x"}], None, thinking)
+        assert theirs.decode(ids) == f"x<|im_end|>{end}"

@@ -453,3 +453,16 @@ def test_an_empty_answer_is_refused_but_not_after_a_prompt_with_a_checkable_answ
     with pytest.raises(ValueError, match="message 1: the answer is empty"):
         convert_row(row)
     assert convert_row({**row, "gt": ["A"]})["gt"] == ["A"]
+
+
+def test_rows_that_were_read_from_other_spellings_are_counted(tmp_path):
+    def row(answer):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        return json.dumps({"messages": turns})
+
+    call = '<tool_call>{"name": "c", "arguments": {}}</tool_call>'
+    rows = [row("b"), row("<think>why</think>b"), row(call)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    report = convert([str(tmp_path / "a.jsonl")], str(tmp_path / "b.jsonl"))
+    assert (report.rows_written, report.rows_respelled) == (3, 2)
+    assert "read from another spelling: 2 rows" in str(report)

@@ -319,6 +319,12 @@ def test_tools(worth):
     assert (
         worth("tools", call_text("book", city="Rome", seats=2), row) == 0.5
     )  # the last completion counts as well
+    # without "calls", one valid call for each value of "gt"
+    free, valid = {**tool_row(gt=["42", "Rome"]), "calls": None}, call_text("book", city="Rome")
+    assert made(row=free) == made("<tool_call>{bad}</tool_call>", row=free) == 0
+    assert made(right[0], row=free) == 0.5 and made(right[0], valid, row=free) == 1
+    assert made(right[0], valid, valid, row=free) == 0.5
+    assert made(right[0], valid, call_text("other"), row=free) == 0.5
     row["conversations"].insert(
         1, assistant_message(right[0], True)
     )  # an example in the prompt does not
@@ -366,6 +372,7 @@ CALLS = [{"type": "function", "function": {"name": "book", "arguments": "{}"}}]
         ),
         (["answer"], {"gt": "5"}, "give a list of texts"),
         (["answer"], {"gt": ["5", " "]}, "give a list of texts"),
+        (["answer"], {"gt": []}, '"gt" is []: nothing tells'),
         (["answer"], {"answer": None}, '"answer" is None: nothing tells'),
         (["answer"], {"answer": ["5"]}, "\"answer\" is ['5']"),
         (["answer"], {"answer": " "}, "Give a text or a number"),
