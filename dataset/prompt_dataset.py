@@ -101,7 +101,8 @@ class PromptDataset:
         unique = sorted(set(draws))
         if len(unique) < 2:
             raise ValueError(
-                "one prompt cannot be split. Give more rows, or a validation file of its own."
+                "one prompt cannot be split. Give more rows, a validation file of its own, or "
+                "--val_ratio 0."
             )
         count = min(max(1, round(ratio * len(unique))), len(unique) - 1, max_rows or len(unique))
         held_out = np.array([draw <= unique[count - 1] for draw in draws])

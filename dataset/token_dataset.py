@@ -247,7 +247,8 @@ class TokenDataset:
         unique = np.unique(draws)
         if len(unique) < 2:
             raise ValueError(
-                "one document cannot be split. Give more data, or a validation file of its own."
+                "one document cannot be split. Give more data, a validation file of its own, or "
+                "--val_ratio 0."
             )
         count = min(max(1, round(ratio * len(unique))), len(unique) - 1)
         count = min(count, max_rows or count)

@@ -40,10 +40,16 @@ class ShapeArgs:
     """Where runs are found, which of the runs of a name is meant, and how it is read."""
 
     given: ClassVar[frozenset[str]] = frozenset()  # `parse_args` sets the written ones
-    save_dir: str = arg(str(ROOT / "out"), "folder that holds the folders of all runs")
+    save_dir: str = arg(
+        str(ROOT / "out"), "folder that holds the folders of all runs", aliases=("out_dir",)
+    )
     preset: str = arg("", "which of the runs of that name: its shape", choices=list(PRESETS))
-    hidden_size: int | None = arg(None, "which of the runs of that name: its width")
-    num_hidden_layers: int | None = arg(None, "which of the runs of that name: its layers")
+    hidden_size: int | None = arg(
+        None, "which of the runs of that name: its width", aliases=("dim",)
+    )
+    num_hidden_layers: int | None = arg(
+        None, "which of the runs of that name: its layers", aliases=("n_layers",)
+    )
     use_moe: bool = arg(False, "which of the runs of that name: the mixture of experts")
     tokenizer_path: str = arg(
         "",
@@ -72,7 +78,7 @@ class WeightArgs(ComputeArgs, ShapeArgs):
         "LoRA adapters to merge into the weights: names of runs in SAVE_DIR, folders (PEFT format) "
         "or .pth files; the changes of several are added up",
         nargs="+",
-        aliases=("lora_weight",),
+        aliases=("lora_weight", "lora_name"),
     )
 
     def check(self) -> None:

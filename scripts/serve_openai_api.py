@@ -85,7 +85,9 @@ class ServeArgs(WeightArgs):
     )
     max_batch_size: int = arg(16, "completions of one model that are decoded at once")
     max_len: int | None = arg(
-        None, "tokens of prompt and completion together (default: 2048, or the model's positions)"
+        None,
+        "tokens of prompt and completion together (default: 2048, or the model's positions)",
+        aliases=("max_seq_len", "max_model_len"),
     )
     max_queue: int = arg(256, "completions of one model that may wait; beyond that clients get 429")
     max_body_bytes: int = arg(4 << 20, "longest body of a request; beyond that clients get 413")

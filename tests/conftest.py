@@ -34,6 +34,7 @@ SLOW_FILES = {  # whole runs, several processes, servers: left out by -m "not sl
     *("test_serve_openai_api_lifecycle.py", "test_serve_openai_api_other_clients.py"),
     *("test_web_demo.py", "test_web_demo_browser.py", "test_remote_rollout.py"),
     *("test_prepare_data.py", "test_token_cache.py", "test_make_teacher_rows.py"),
+    *("test_tutorial_commands.py",),
 }
 
 

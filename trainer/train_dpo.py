@@ -60,18 +60,22 @@ class DPOArgs(TrainArgs):
     learning_rate: float = 2e-5
     weight_decay: float = 0.0
     val_ratio: float = arg(0.05, "fraction of the prompts held out for validation; 0: none")
-    loss_type: str = arg("sigmoid", "loss of a pair; sigmoid is DPO", choices=list(FLAGS))
+    loss_type: str = arg("sigmoid", "of a pair; sigmoid: DPO", [*FLAGS], aliases=("pref_loss",))
     beta: float | None = arg(
-        None, "the larger, the closer to the reference (default: 0.1; simpo: 2)"
+        None, "larger: closer to the reference (default: 0.1; simpo: 2)", aliases=("pref_beta",)
     )
-    label_smoothing: float = arg(0.0, "sigmoid, robust: fraction of the pairs that are swapped")
+    label_smoothing: float = arg(
+        0.0, "sigmoid, robust: fraction of swapped pairs", aliases=("dpo_label_smoothing",)
+    )
     gamma: float = arg(1.0, "simpo: the margin to reach", aliases=("simpo_gamma",))
-    desirable_weight: float = arg(1.0, "kto: weight of the desirable completions")
-    undesirable_weight: float = arg(1.0, "kto: weight of the undesirable completions")
+    desirable_weight: float = arg(
+        1.0, "kto: weight of the desirable completions", aliases=("kto_chosen_weight",)
+    )
+    undesirable_weight: float = arg(1.0, "kto: of the others", aliases=("kto_rejected_weight",))
     sft_weight: float = arg(
         0.0,
         "weight of -log p per token of the chosen completion (Pang et al. 2024, eq. 1)",
-        aliases=("rpo_alpha",),
+        aliases=("rpo_alpha", "pref_ftx"),
     )
     reference: str = arg(
         "cached",

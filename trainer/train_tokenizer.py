@@ -60,7 +60,7 @@ class TokenizerArgs:
     data_path: list[str] = arg(
         [],
         "files of text or conversations rows (.jsonl, .gz, .xz); FILE@0.4 takes that fraction of "
-        "its rows (default: the toy world)",
+        "its rows (default: sft_t2t_mini.jsonl if it is in dataset/, else the toy world)",
     )
     save_dir: str = arg(
         str(ROOT / "out" / "tokenizer"), "folder for tokenizer.json, its settings and the template"
@@ -92,10 +92,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from dataset.tokenizer_texts import cut_long_words, held_out_counts, sample_texts
 from dataset.toy_world import write_world
 from model.files import write_json
+from trainer.runtime.usual_files import usual_file
+
+
+def default_paths() -> list[str]:
+    """The files of a run without --data_path: one of a usual name in dataset/, else `toy_paths`."""
+    if found := usual_file("sft"):
+        print(f"no --data_path: learning from {found}")
+    return [str(found)] if found else toy_paths()
 
 
 def toy_paths() -> list[str]:
-    """The files of a run without --data_path: the toy world's, written if they are missing."""
+    """The toy world's files, written if they are missing."""
     folder = ROOT / "dataset" / "toy_mini"
     write_world("mini", folder)
     return [str(folder / f"{stage}_train.jsonl") for stage in ("pretrain", "sft")]
@@ -147,7 +155,7 @@ def save(content: dict, save_dir: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(TokenizerArgs, argv)
-    args.data_path = args.data_path or toy_paths()
+    args.data_path = args.data_path or default_paths()
     texts, used = sample_texts(args.data_path, args.sample_mb, args.balance, args.seed)
     sizes = ", ".join(f"{size / 1e6:.2f} MB of {lang}" for lang, size in used.items())
     print(f"{len(texts):,} rows: {sizes}")

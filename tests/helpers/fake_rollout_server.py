@@ -20,10 +20,11 @@ class FakeServer:
 
     paths: of the requests. failures: so many of the next requests get a 500. is_deaf: a load is
     confirmed, but not done. keeps_head: but for the last layer. is_raw: log-probabilities are of
-    temperature 1. offset: is added to each token.
+    temperature 1. offset: is added to each token. max_len: of prompt and completion together.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, max_len: int = 64):
+        self.max_len = max_len
         self.paths, self.loaded, self.lock = [], [], threading.Lock()
         self.failures = self.offset = 0
         self.is_deaf = self.keeps_head = self.is_raw = False
@@ -62,7 +63,7 @@ class FakeServer:
             raise ValueError("the embedding has another size")
         if self.keeps_head:
             model.lm_head.weight = self.engine.model.lm_head.weight
-        self.engine = Engine(model, AutoTokenizer.from_pretrained(folder), max_len=64)
+        self.engine = Engine(model, AutoTokenizer.from_pretrained(folder), max_len=self.max_len)
         self.loaded.append(str(folder))
 
     def reply(self, path: str, body: dict) -> tuple[int, dict]:

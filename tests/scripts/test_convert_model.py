@@ -114,7 +114,7 @@ def test_results_are_not_replaced_by_accident(theirs, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "the following arguments are required: native|pth|merge"),
+        ([], "which command, native, pth, merge? For example: python scripts/convert_model.py"),
         (["nativ"], "invalid choice: 'nativ'"),
         (["native"], "the following arguments are required: source"),
         (["native", "x.pth"], "--out is missing"),

@@ -346,7 +346,6 @@ def test_an_adapter_that_taught_to_chat_brings_its_template(tmp_path):
         (["--port", "70000"], "--port 70000"),
         (["--max_batch_size", "0"], "--max_batch_size"),
         (["--max_queue", "-1"], "--max_queue"),
-        (["--adapter", "folder"], "NAME=folder"),
     ],
 )
 def test_flags_that_cannot_work(written, message, capsys):

@@ -9,7 +9,7 @@ from trainer.runtime.arguments import arg, check_not_negative, check_positive
 from trainer.runtime.stage_args import TrainArgs
 
 THINKING = {"model": None, "on": True, "off": False}  # --enable_thinking as `encode_prompt` has it
-BACKENDS = ("vllm", "sglang")
+BACKENDS = ("torch", "vllm", "sglang")  # this process, and the programs of a server
 # rewards of trainer/rl/rewards.py, by name; others are found by the pattern of their name
 BUILT_IN = tuple("answer format think length overlong repetition tools valid_calls".split())
 SOURCES = {
@@ -41,8 +41,12 @@ class PolicyArgs(TrainArgs):
         "longest completion, in tokens",
         aliases=("max_new_tokens", "response_length", "max_gen_len"),
     )
-    num_prompts: int = arg(16, "prompts of a step, of all ranks together")
-    num_generations: int = arg(8, "completions that are sampled for each of them")
+    num_prompts: int = arg(
+        16, "prompts of a step, of all ranks together", aliases=("examples_per_step",)
+    )
+    num_generations: int = arg(
+        8, "completions that are sampled for each of them", aliases=("num_samples",)
+    )
     temperature: float = arg(1.0, "of sampling and of training: logits are divided by it")
     enable_thinking: str = arg(
         "model",
@@ -85,9 +89,15 @@ class PolicyArgs(TrainArgs):
     rollout_url: str = arg(
         "",
         "let a server sample, such as http://127.0.0.1:8000 (default: this process)",
-        aliases=("vllm_server_base_url",),
+        aliases=("vllm_server_base_url", "sglang_base_url"),
     )
-    rollout_backend: str = arg("vllm", "the server's program", choices=list(BACKENDS))
+    rollout_backend: str = arg(
+        "",
+        "what samples: torch is this process, vllm and sglang are the programs of the server "
+        "(default: vllm with --rollout_url, else torch)",
+        choices=list(BACKENDS),
+        aliases=("rollout_engine",),
+    )
     rollout_dir: str = arg(
         "",
         "folder that both sides see, for this run's weights alone",
@@ -151,17 +161,27 @@ class PolicyArgs(TrainArgs):
         self.check_unused()
 
     def check_rollout(self) -> None:
-        """ValueError unless the flags of a rollout server are complete."""
+        """ValueError unless the flags of a rollout server are complete; resolves the backend."""
+        self.rollout_backend = self.rollout_backend or ("vllm" if self.rollout_url else "torch")
+        if self.rollout_url and self.rollout_backend == "torch":
+            raise ValueError(
+                "--rollout_backend torch samples in this process, --rollout_url "
+                f"{self.rollout_url} on a server: leave one of them out"
+            )
         if self.rollout_url and not self.rollout_dir:
             raise ValueError(
                 "--rollout_url needs --rollout_dir, a folder through which the server gets the "
                 "weights: give one that both sides see"
             )
-        unused = sorted({"rollout_backend", "rollout_dir", "max_staleness"} & self.given)
-        if unused and not self.rollout_url:
+        if self.rollout_url:
+            return
+        unused = [f"--{name}" for name in ("max_staleness", "rollout_dir") if name in self.given]
+        if self.rollout_backend != "torch":
+            unused.append(f"--rollout_backend {self.rollout_backend}")
+        if unused:
             raise ValueError(
-                f"--{unused[0]} without --rollout_url, so completions are sampled here: leave it "
-                "out, or give the server's address"
+                f"{unused[-1]} without --rollout_url, so completions are sampled here: leave it "
+                "out, or give the server's address, such as --rollout_url http://127.0.0.1:8998"
             )
 
     def check_unused(self) -> None:

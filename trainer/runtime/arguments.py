@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import re
 import sys
 import traceback
 import types
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model.files import forgive_text
-from trainer.runtime.foreign_flags import EXPLAINED
+from trainer.runtime.foreign_flags import explanation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,21 +78,31 @@ class _Parser(argparse.ArgumentParser):
     """Takes flags by their whole names alone, and names the nearest ones for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
-        known = [name for action in shown for name in action.option_strings]
         words = message.removeprefix("unrecognized arguments: ").split()
-        unknown = next((word.split("=")[0] for word in words if word.startswith("--")), "")
-        if message.startswith("unrecognized arguments: ") and unknown:
-            explained = EXPLAINED.get(unknown.removeprefix("--").replace("-", "_"), "")
-            named = re.findall(r"--\w+", explained)
-            if explained and set(named) <= set(known):
-                super().error(f"{unknown} is not a flag here: {explained}")
-            begins = [name for name in known if name.startswith(unknown)]
-            spelled = unknown.replace("-", "_").replace("__", "--", 1)
-            similar = difflib.get_close_matches(spelled, known, cutoff=0.75)
-            near = list(dict.fromkeys([*similar, *begins]))[:2]
-            message += f"; did you mean {' or '.join(near)}?" if near else ""
-        super().error(message)
+        unknown = [word.split("=")[0] for word in words if word.startswith("--")]
+        if not message.startswith("unrecognized arguments: ") or not unknown:
+            super().error(message)
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = [name for action in shown for name in action.option_strings]
+        texts = {word: explanation(_bare(word), set(known)) for word in unknown}
+        if any(texts.values()):
+            listed = (f"{word} is not a flag here: {text}" for word, text in texts.items() if text)
+            super().error("; ".join(listed))
+        near = self.nearest(unknown[0], known)
+        super().error(message + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+    def nearest(self, unknown: str, known: list[str]) -> list[str]:
+        """At most two flags that an unknown one may stand for; known: those of --help."""
+        spelled = f"--{_bare(unknown)}"
+        same = [f"--{one.dest}" for one in self._actions if spelled in one.option_strings]
+        begins = [name for name in known if name.startswith(unknown)]
+        similar = difflib.get_close_matches(spelled, known, cutoff=0.75)
+        return same or list(dict.fromkeys([*similar, *begins]))[:2]
+
+
+def _bare(flag: str) -> str:
+    """The name of a flag that may be written with dashes in it: --batch-size is batch_size."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 class _Store(argparse.Action):
@@ -110,7 +119,10 @@ class _Store(argparse.Action):
 def parse_command(
     commands: dict[str, type], about: str, argv: Sequence[str] | None = None
 ) -> tuple[str, Any]:
-    """(name, `parse_args` of its dataclass) of a command line whose first word names a command."""
+    """(name, `parse_args` of its dataclass) of a command line whose first word names a command.
+
+    Without any word the error shows the first command of `about`.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(
         allow_abbrev=False,
@@ -119,6 +131,9 @@ def parse_command(
         usage="%(prog)s COMMAND ...   (COMMAND --help lists its flags)",
     )
     parser.add_argument("command", choices=list(commands), metavar="|".join(commands))
+    if not argv:
+        example = next(line.strip() for line in about.splitlines() if ".py " in line)
+        parser.error(f"which command, {', '.join(commands)}? For example: {example}")
     name = parser.parse_args(argv[:1]).command
     return name, parse_args(commands[name], argv[1:], name)
 

@@ -13,18 +13,9 @@ from dataset.packing import IGNORE, PackedBatches
 from trainer.runtime.arguments import ROOT
 from trainer.runtime.process import Compute
 from trainer.runtime.run import Inspected, Run
+from trainer.runtime.usual_files import usual_file
 
 TOY = ROOT / "dataset" / "toy_mini"
-DATASET = ROOT / "dataset"
-USUAL_FILES = {  # files that tutorials of this model family tell people to put there, by stage
-    "pretrain": ("pretrain_t2t_mini.jsonl", "pretrain_t2t.jsonl", "pretrain_hq.jsonl"),
-    "sft": ("sft_t2t_mini.jsonl", "sft_t2t.jsonl", "sft_mini_512.jsonl", "sft_512.jsonl"),
-    "lora": ("lora_medical.jsonl", "lora_identity.jsonl"),
-    "dpo": ("dpo.jsonl",),
-    "reason": ("r1_mix_1024.jsonl",),
-    "rl": ("rlaif.jsonl", "rlaif-mini.jsonl"),
-    "agent": ("agent_rl.jsonl", "agent_rl_math.jsonl"),
-}
 
 
 def open_datasets(
@@ -65,11 +56,10 @@ def use_default_data(run: Run, toy_files: list[str], toy_val: str | None = None)
     args = run.args
     if args.data_path and args.data_path != ["toy"]:
         return
-    stage = toy_files[0].split("_")[0]
-    found = [str(path) for name in USUAL_FILES[stage] if (path := DATASET / name).is_file()]
+    found = usual_file(toy_files[0].split("_")[0])
     if found and not args.data_path:
-        args.data_path = found[:1]
-        run.print0(f"no --data_path: learning from {found[0]}")
+        args.data_path = [str(found)]
+        run.print0(f"no --data_path: learning from {found}")
         return
     from dataset.toy_world import write_world
 

@@ -52,14 +52,18 @@ class TrainArgs:
     )
     use_moe: bool = arg(False, "mixture of 4 experts, instead of the preset's feed-forward")
     max_seq_len: int = arg(
-        512, "tokens of a batch row, into which sequences are packed", aliases=("max_length",)
+        512,
+        "tokens of a batch row, into which sequences are packed",
+        aliases=("max_length", "cutoff_len"),
     )
-    epochs: int = arg(1, "passes over the data", aliases=("num_train_epochs",))
+    epochs: int = arg(1, "passes over the data", aliases=("num_train_epochs", "num_epochs"))
     max_steps: int | None = arg(
         None, "stop after this many optimizer steps, whatever --epochs says"
     )
     batch_size: int = arg(
-        8, "batch rows of a micro-batch", aliases=("per_device_train_batch_size",)
+        8,
+        "batch rows of a micro-batch",
+        aliases=("per_device_train_batch_size", "device_batch_size"),
     )
     accumulation_steps: int = arg(
         1, "micro-batches of an optimizer step", aliases=("gradient_accumulation_steps",)
@@ -74,10 +78,14 @@ class TrainArgs:
         0.02, "fraction of the steps with a rising learning rate", aliases=("warmup_share",)
     )
     decay_ratio: float = arg(
-        0.2, "wsd: fraction of the steps, at the end, that decay", aliases=("decay_share",)
+        0.2,
+        "wsd: fraction of the steps, at the end, that decay",
+        aliases=("decay_share", "warmdown_ratio"),
     )
     min_lr_ratio: float = arg(
-        0.1, "learning rate of the last step, as a fraction of the peak", aliases=("min_lr_share",)
+        0.1,
+        "learning rate of the last step, as a fraction of the peak",
+        aliases=("min_lr_share", "final_lr_frac"),
     )
     optimizer: str = arg(
         "adamw",
@@ -90,7 +98,9 @@ class TrainArgs:
     grad_clip: float = arg(
         1.0, "largest norm of the gradient; 0: no clipping", aliases=("max_grad_norm",)
     )
-    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one")
+    device: str = arg(
+        "auto", "cpu, cuda, cuda:1, ...; auto: the GPU if there is one", aliases=("device_type",)
+    )
     dtype: str = arg(
         "auto",
         "arithmetic of the matrix products; auto: bfloat16 on a GPU that has it, else float32",
@@ -120,7 +130,9 @@ class TrainArgs:
         aliases=("dataloader_num_workers",),
     )
     num_proc: int | None = arg(
-        None, "processes that tokenize (default: all cores)", aliases=("dataset_num_proc",)
+        None,
+        "processes that tokenize (default: all cores)",
+        aliases=("dataset_num_proc", "preprocessing_num_workers"),
     )
     cache_dir: str = arg(str(ROOT / "dataset" / "cache"), "folder for the tokens, made once")
     bad_rows: str = arg(
@@ -134,13 +146,17 @@ class TrainArgs:
     )
     val_max_rows: int = arg(500, "hold out at most this many documents")
     val_interval: int = arg(
-        200, "steps between validations; the last step always validates", aliases=("eval_steps",)
+        200,
+        "steps between validations; the last step always validates",
+        aliases=("eval_steps", "eval_every"),
     )
     log_interval: int = arg(
         10, "steps between two lines in metrics.jsonl", aliases=("logging_steps",)
     )
     save_interval: int = arg(
-        200, "steps between checkpoints; the last step is always saved", aliases=("save_steps",)
+        200,
+        "steps between checkpoints; the last step is always saved",
+        aliases=("save_steps", "save_every"),
     )
     keep: int = arg(
         2,

@@ -36,8 +36,8 @@ def load_teacher(
         raise ValueError(
             f"the student's tokenizer ({student}) is not that of the teacher {args.teacher}: "
             f"{differences}. Probabilities can only be compared token by token: take a student of "
-            "the teacher's tokenizer, or let the teacher write rows (scripts/make_teacher_rows.py) "
-            "and train on them with train_full_sft.py"
+            "the teacher's tokenizer (--from_weight or --tokenizer_path), or let the teacher write "
+            "rows (scripts/make_teacher_rows.py) and train on them with train_full_sft.py"
         )
     return teacher.to(device).eval().requires_grad_(False)
 

@@ -153,10 +153,11 @@ def pth_files(name: str, args: Any) -> list[Path]:
 
 def find_adapter(name: str, save_dir: str) -> Path:
     """The folder or .pth file of an adapter: a path, or a run in save_dir. ValueError if several
-    fit; one that does not exist is left to its reader.
+    fit, or none; a folder or .pth file that is no adapter is left to its reader.
     """
     path, places = Path(name), Path(save_dir)
-    if path.suffix == ".pth" or (path / "adapter_config.json").is_file():
+    is_path = path.suffix == ".pth" or path.is_absolute()
+    if is_path or (path / "adapter_config.json").is_file():
         return path
     runs = [*sorted(places.glob(f"{name}_*")), places / name]
     found = [run for run in runs if (run / "adapter_config.json").is_file()]
@@ -165,6 +166,14 @@ def find_adapter(name: str, save_dir: str) -> Path:
         raise ValueError(
             f"the adapter {name!r} fits {', '.join(one.name for one in found)} in {save_dir}: give "
             "the path of one"
+        )
+    if not found and not path.is_dir():
+        folders = (one.parent for one in places.glob("*/adapter_config.json"))
+        there = sorted(one.name for one in (*folders, *places.glob("lora*.pth")))
+        only = f"only {', '.join(there)}" if there else "none at all"
+        raise ValueError(
+            f"no adapter is found as {name!r}: {save_dir} has {only}. Give such a name, or the "
+            "path of a PEFT folder or .pth file"
         )
     return found[0] if found else path
 

@@ -15,9 +15,18 @@ def parse(*pairs, **changes):
     return parse_args(PolicyArgs, [*flags, *map(str, pairs)])
 
 
+def test_what_samples_is_this_process_or_a_servers_program():
+    assert parse().rollout_backend == parse(rollout_engine="torch").rollout_backend == "torch"
+    server = dict(sglang_base_url="http://127.0.0.1:1", sglang_shared_path="weights")
+    assert parse(**server).rollout_backend == "vllm"
+    args = parse(rollout_engine="sglang", **server)
+    assert args.rollout_backend == "sglang"
+    assert (args.rollout_url, args.rollout_dir) == ("http://127.0.0.1:1", "weights")
+
+
 def test_names_without_their_functions_are_those_of_the_functions():
     """--help does not import the functions."""
-    assert tuple(REWARDS) == BUILT_IN and tuple(PROTOCOLS) == BACKENDS
+    assert tuple(REWARDS) == BUILT_IN and ("torch", *PROTOCOLS) == BACKENDS
     assert tuple(MAKERS) == tuple(SOURCES)
 
 
@@ -45,6 +54,8 @@ def test_completions_are_the_rows_of_a_step():
         ("num_minibatches", ["num_mini_batches"], 2),
         ("lora_rank", ["lora_r"], 4),
         ("val_ratio", ["val_share"], 0.5),
+        ("num_prompts", ["examples_per_step"], 4),
+        ("num_generations", ["num_samples"], 4),
     ],
 )
 def test_other_names_of_the_flags_are_known(name, others, value):
@@ -74,7 +85,16 @@ def test_other_names_of_the_flags_are_known(name, others, value):
         (dict(rollout_url="http://127.0.0.1:1"), "--rollout_url needs --rollout_dir"),
         (dict(max_staleness=2), "--max_staleness without --rollout_url"),
         (dict(rollout_dir="x"), "--rollout_dir without --rollout_url"),
-        (dict(rollout_backend="sglang"), "--rollout_backend without --rollout_url"),
+        (dict(rollout_backend="sglang"), "--rollout_backend sglang without --rollout_url"),
+        (
+            dict(rollout_engine="sglang", sglang_shared_path="x"),
+            "--rollout_backend sglang without --rollout_url, so completions are sampled here: "
+            "leave it out, or give the server's address, such as --rollout_url http://127.0.0.1:89",
+        ),
+        (
+            dict(rollout_backend="torch", rollout_url="http://127.0.0.1:1", rollout_dir="x"),
+            "--rollout_backend torch samples in this process, --rollout_url http://127.0.0.1:1",
+        ),
         (dict(accumulation_steps=2), "--accumulation_steps: a step's completions are cut into"),
         (dict(dropout=0.1), "--dropout would train another policy"),
         (dict(num_proc=2), "--num_proc: prompts are few"),

@@ -11,7 +11,7 @@ from dataset.pair_dataset import PairBatches, PairDataset
 from tests.helpers.checkpoints import load_tokenizer
 from tests.helpers.pair_rows import write_pairs
 from tests.helpers.toy_runs import toy_run
-from trainer.runtime import data
+from trainer.runtime import data, usual_files
 from trainer.runtime.data import (
     open_datasets,
     single_pass,
@@ -95,7 +95,7 @@ def test_without_data_the_toy_world_is_written_and_used(make_run, tmp_path, monk
 
 
 def test_without_data_a_file_of_the_usual_name_is_used(make_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "DATASET", tmp_path)
+    monkeypatch.setattr(usual_files, "DATASET", tmp_path)
     path = tmp_path / "sft_t2t_mini.jsonl"
     path.write_text("{}")
     run = make_run(data_path=None)
