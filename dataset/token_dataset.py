@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # raise it when the same row gives other sequences than before: old caches are then left alone
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # before: it learned other spellings as text and refused fewer rows. Where the report has neither
 # such rows nor skipped ones, its sequences are the same, and its runs resume
 FORMER_VERSION = 2

@@ -210,6 +210,30 @@ def _check_message(i: int, message: dict) -> None:
         )
 
 
+def canonical_json(text: Any) -> Any:
+    """A JSON object or list as `json.dumps` spells it, with a space behind each comma and colon, as
+    the template spells arguments; everything else as it is.
+
+    JavaScript's JSON.stringify, pydantic and orjson write no spaces, which are other tokens: a
+    model that has seen one spelling understands the other badly.
+    """
+    if not isinstance(text, str) or text.strip()[:1] not in ("{", "["):
+        return text
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        spelled = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        spelled.encode()  # half a surrogate pair is none
+        return spelled
+    except (ValueError, RecursionError):
+        return text
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
+
+
 def _check_tools(value: Any, name: str) -> list:
     tools = _json_list(value, name)
     for n, tool in enumerate(tools):

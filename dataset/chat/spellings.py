@@ -7,6 +7,7 @@
                   a list; <functioncall> (glaive); "Action:" and "Action Input:" lines (ReAct)
     tool results  <tool_response>...</tool_response> in a message of the user or of a tool;
                   "Observation:" lines; objects instead of texts
+    JSON          results of tools, and arguments that are texts: spaces as our template has them
     tools         <tools>...</tools> in a system prompt
     not trained   "weight": 0, "train": false, "loss": false or "mask": true on an answer
 
@@ -22,6 +23,7 @@ import json
 import re
 from typing import Any
 
+from dataset.chat.format import canonical_json
 from dataset.chat.reply import read_call
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -84,11 +86,11 @@ def read_message(message: Message) -> list[Message]:
     """The messages that one message spells: several for a whole ReAct trace, or for results."""
     message, role = read_weight(message), message.get("role")
     if role == "tool":
-        message = {**message, "content": as_text(message.get("content"))}
+        message = {**message, "content": canonical_json(as_text(message.get("content")))}
     content = message.get("content")
     if role == "assistant":
         message = read_reasoning(message)
-        return read_react(message) or [read_calls(message)]
+        return read_react(message) or [with_canonical_calls(read_calls(message))]
     if not isinstance(content, str):
         return [message]
     if role == "system" and "<tools>" in content:
@@ -96,7 +98,8 @@ def read_message(message: Message) -> list[Message]:
     if role in ("user", "tool") and "<tool_response>" in content:
         results = RESULT.findall(content)
         if results and not RESULT.sub("", content).strip():
-            return [{**message, "role": "tool", "content": result} for result in results]
+            contents = map(canonical_json, results)
+            return [{**message, "role": "tool", "content": content} for content in contents]
     return [message]
 
 
@@ -231,6 +234,23 @@ def read_calls(message: Message) -> Message:
     if not calls or not BETWEEN_CALLS.fullmatch(content, end) or _in_code(text):
         return message
     return {**message, "content": text.rstrip(), "tool_calls": calls}
+
+
+def with_canonical_calls(message: Message) -> Message:
+    """An assistant's message whose calls have no arguments that are JSON in another spelling."""
+    calls = _as_list(message.get("tool_calls"))
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        return message
+    new = [_canonical_call(call) for call in calls]
+    return message if new == calls else {**message, "tool_calls": new}
+
+
+def _canonical_call(call: dict) -> dict:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _canonical_call(call["function"])}
+    if "arguments" not in call:
+        return call
+    return {**call, "arguments": canonical_json(call["arguments"])}
 
 
 def parse_calls(text: str) -> list[dict]:

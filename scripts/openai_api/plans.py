@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.chat.format import (
+    canonical_json,
     encode_continuation,
     encode_conversation,
     encode_prompt,
@@ -128,13 +129,15 @@ def as_template_has_it(message: Message) -> dict[str, Any]:
     """A message of the request as `encode_prompt` takes it."""
     content = text_of(message.content)
     out = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    if message.role == "tool":
+        out["content"] = canonical_json(content)
     if message.role == "assistant":
         if message.reasoning_content is not None:
             out["reasoning_content"] = message.reasoning_content
             out["content"] = content or ""
         if message.tool_calls:
             out["tool_calls"] = [
-                {"name": call.function.name, "arguments": call.function.arguments}
+                {"name": call.function.name, "arguments": canonical_json(call.function.arguments)}
                 for call in message.tool_calls
             ]
     return out

@@ -252,6 +252,11 @@ def test_messages_of_every_kind(server, client):
         ],
     )
     assert reply.usage.prompt_tokens == len(expected)
+    compact = json.loads(
+        json.dumps(messages).replace('\\"a\\": 1', '\\"a\\":1')
+    )  # as from JavaScript
+    assert compact != messages
+    assert chat(client, messages=compact).usage.prompt_tokens == len(expected)
     again = [*messages, reply.choices[0].message, {"role": "user", "content": "Go on"}]
     assert (
         chat(client, messages=again).choices[0].message.role == "assistant"

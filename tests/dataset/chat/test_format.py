@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset.chat.format import (
+    canonical_json,
     check_conversation,
     encode_conversation,
     encode_prompt,
@@ -578,3 +579,27 @@ def test_templates_that_call_thinking_open_thinking_get_it(tokenizer):
     for thinking, end in ((True, "<think>"), (False, "<think></think>"), (None, "<think></think>")):
         ids = encode_prompt(theirs, [{"role": "user", "content": "x"}], None, thinking)
         assert theirs.decode(ids) == f"x<|im_end|>{end}"
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ('{"a":1,"b":[1.5,null,true]}', '{"a": 1, "b": [1.5, null, true]}'),
+        ('{\n  "a": "x"\n}', '{"a": "x"}'),
+        ('{"b": 1, "a": 2}', '{"b": 1, "a": 2}'),  # the order says something
+        ('["\\u4f60\\u597d"]', '["你好"]'),
+        ('{"a": "x:y,z"}', '{"a": "x:y,z"}'),
+        ("12", "12"),
+        ('"a"', '"a"'),
+        ('{"a":1', '{"a":1'),
+        ('{"a":1,"a":2}', '{"a":1,"a":2}'),  # one of the two would be lost
+        ('{"a":NaN}', '{"a":NaN}'),
+        ('{"a":1e999}', '{"a":1e999}'),
+        ('{"a":"\\ud800"}', '{"a":"\\ud800"}'),
+        ("[" * 10**5, "[" * 10**5),
+        ({"a": 1}, {"a": 1}),
+        (None, None),
+    ],
+)
+def test_json_has_one_spelling(text, canonical):
+    assert canonical_json(text) == canonical

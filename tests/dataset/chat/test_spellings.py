@@ -1,5 +1,6 @@
 """Tool calls, reasoning and weights as public data spells them, against messages in our form."""
 
+import json
 import time
 
 import pytest
@@ -297,3 +298,18 @@ def test_weights_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="message 0: train on role user"):
         read_messages([{**user(), "train": True}])
     assert read_messages([{**user(), "weight": 0}]) == [user()]
+
+
+def test_json_is_spelled_as_the_template_spells_it():
+    calls = [{"type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]
+    found = read_messages(
+        [
+            {"role": "user", "content": '{"a":1}'},
+            {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)},
+            {"role": "tool", "content": '{"b":[1,2]}'},
+            {"role": "assistant", "content": '{"c":3}'},
+        ]
+    )
+    assert [message["content"] for message in found] == ['{"a":1}', "", '{"b": [1, 2]}', '{"c":3}']
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+    assert read_messages(found) == found
