@@ -20,7 +20,12 @@ make_environment() {  # make_environment requirements.txt
     [ -f "$stamp" ] && return
     python=$(find_python)
     echo "== environment: .venv with $1 (once, a few minutes)"
-    [ -x .venv/bin/python ] && .venv/bin/python -c '' 2>/dev/null || { rm -rf .venv && "$python" -m venv .venv; }
+    # one that was killed while it was made has a Python and no pip, or half of it
+    if ! ls .venv/made .venv/installed-* >/dev/null 2>&1 || ! .venv/bin/python -c '' 2>/dev/null; then
+        rm -rf .venv
+        "$python" -m venv .venv
+        touch .venv/made
+    fi
     .venv/bin/python -m pip install --disable-pip-version-check --quiet -r "$1"
     touch "$stamp"
     echo "environment: $((SECONDS - start)) s"
