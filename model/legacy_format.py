@@ -33,8 +33,15 @@ OLD_NAMES = (  # of 2024-08 and 2025-02
     (r"\.shared_experts\.(?!0)", ".shared_experts.0."),
 )
 UNUSED = ("freqs_cos", "freqs_sin", "pos_cis", "rotary_emb.inv_freq", ".mask")
-# keys of its config.json -> ours
-CONFIG_NAMES = {
+# keys of its config.json, and what the older ones are called here
+SAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps"),
+    *("max_position_embeddings", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    *("moe_intermediate_size", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+RENAMED = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -43,16 +50,6 @@ CONFIG_NAMES = {
     "norm_eps": "rms_norm_eps",
     "n_routed_experts": "num_experts",
     "max_seq_len": "max_position_embeddings",
-    **{
-        name: name
-        for name in (
-            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps"),
-            *("max_position_embeddings", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
-            *("moe_intermediate_size", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
-            *("pad_token_id",),
-        )
-    },
 }
 # the longer contexts of its --inference_rope_scaling
 ROPE_SCALING = {
@@ -227,7 +224,8 @@ def legacy_fields(native: dict) -> dict[str, object]:
     """The keyword arguments of MiniMindConfig for a config.json of theirs."""
     old, shared = "dim" in native, bool(native.get("n_shared_experts"))
     is_qwen = not old and "n_routed_experts" not in native
-    fields = {ours: native[theirs] for theirs, ours in CONFIG_NAMES.items() if theirs in native}
+    fields = {ours: native[theirs] for theirs, ours in RENAMED.items() if theirs in native}
+    fields |= {name: native[name] for name in SAME if name in native}
     if not native["use_moe"]:
         fields = {
             name: x for name, x in fields.items() if "expert" not in name and "moe" not in name

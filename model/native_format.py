@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 State = dict[str, torch.Tensor]  # parameter names to tensors
 
 # the code that a folder of our own architecture holds, for trust_remote_code
-CODE_FILES = (
-    *("model_minimind.py", "native_format.py", "legacy_format.py", "presets.py", "files.py"),
+CODE_FILES = tuple(
+    f"{name}.py"
+    for name in ("model_minimind", "native_format", "legacy_format", "presets", "files")
 )
 
 NATIVE_TYPES = {

@@ -95,12 +95,12 @@ class WeightArgs(ComputeArgs, ShapeArgs):
                     "one out"
                 )
             self.weight = [str(folder)] if isinstance(self.weight, list) else str(folder)
-        elif not (folder / "tokenizer.json").is_file() and folder.name != "model":
+        elif not (folder / "tokenizer.json").is_file():
             raise ValueError(
                 f"--load_from {folder}: it has neither config.json nor tokenizer.json; give a "
                 "checkpoint folder, or leave it out and give --weight"
             )
-        elif folder.is_dir() and folder.resolve() != ROOT / "model":  # ours is found without it
+        elif folder.resolve() != ROOT / "model":  # ours is found without it
             self.tokenizer_path = self.tokenizer_path or str(folder)
 
 
@@ -123,7 +123,7 @@ def load_checkpoint(
     model, tokenizer = read_weight(weight, args, device)
     if args.inference_rope_scaling:
         model.config.rope_parameters = {**model.config.rope_parameters, **ROPE_SCALING}
-    adapters = [find_adapter(str(one), args.save_dir) for one in adapters]
+    adapters = [find_adapter(str(one), args) for one in adapters]
     if merge:
         merge_adapter(model, *adapters)
     else:

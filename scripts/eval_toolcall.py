@@ -65,7 +65,9 @@ API_FLAGS = {"api_base_url", "api_key", "api_model", "stream"}
 
 @dataclass
 class ToolEvalArgs(WeightArgs):
-    tools: str = arg("", "a Python file with tools of your own (default: those of the toy world)")
+    tools: str = arg(
+        "", "a Python file with tools of your own (default: the toy world's, everyday tools)"
+    )
     prompt: str | None = arg(None, "ask this one question and print the conversation")
     data_path: str = arg(
         "",

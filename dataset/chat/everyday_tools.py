@@ -140,7 +140,7 @@ def find_unit(name: str) -> tuple[str, Fraction, Fraction, str]:
         if wanted in names.split():
             return kind, Fraction(factor), Fraction(zero), names.split()[0]
     raise ValueError(
-        f"there is no unit {name!r} here, but {', '.join(u[3].split()[0] for u in UNITS)}"
+        f"unknown unit {name!r}: give one of {', '.join(u[3].split()[0] for u in UNITS)}"
     )
 
 
@@ -168,7 +168,7 @@ def get_current_weather(location: str, unit: Literal["celsius", "fahrenheit"] = 
             result = {"city": location, "temperature": warm, "humidity": HUMIDITY}
             return {**result, "condition": sky}
     cities = ", ".join(names[0] for _, _, *names in WEATHER)
-    raise ValueError(f"the weather of {location!r} is not known, but that of {cities}")
+    raise ValueError(f"unknown city {location!r}: give one of {cities}")
 
 
 @tool
@@ -181,7 +181,7 @@ def get_current_time(timezone: str = "Asia/Shanghai") -> dict:
     try:
         local = NOW.astimezone(ZoneInfo(timezone))
     except (KeyError, ValueError, OSError):
-        raise ValueError(f"there is no timezone {timezone!r}: give one like Asia/Tokyo") from None
+        raise ValueError(f"unknown timezone {timezone!r}: give one like Asia/Tokyo") from None
     return {"datetime": local.strftime("%Y-%m-%d %H:%M:%S"), "timezone": timezone}
 
 
@@ -200,7 +200,7 @@ def get_exchange_rate(from_currency: str, to_currency: str) -> dict:
         rate = float(f"{1 / RATES[pair[::-1]]:.4g}")
     if rate is None:
         pairs = ", ".join("/".join(codes) for codes in RATES)
-        raise ValueError(f"the rate {'/'.join(pair)} is not known, but {pairs}")
+        raise ValueError(f"unknown rate {'/'.join(pair)}: give one of {pairs}")
     return {"from": from_currency, "to": to_currency, "rate": rate}
 
 
@@ -215,12 +215,15 @@ def translate_text(text: str, target_language: str) -> dict:
     wanted = target_language.strip().lower()
     language = next((name for name, names in LANGUAGES.items() if wanted in names), None)
     if language is None:
-        raise ValueError(f"there is no {target_language!r} here, but {' and '.join(LANGUAGES)}")
+        raise ValueError(
+            f"unknown language {target_language!r}: give one of {', '.join(LANGUAGES)}"
+        )
     plain = text.strip(" .!。！").lower()
     for chinese, english in TRANSLATIONS:
         if plain in (chinese, english.lower()):
             return {"translated_text": chinese if language == "chinese" else english}
-    raise ValueError(f"no translation of {text!r} is known here")
+    known = ", ".join(english for _, english in TRANSLATIONS)
+    raise ValueError(f"no translation of {text!r} is known: give one of {known}, or their Chinese")
 
 
 @tool

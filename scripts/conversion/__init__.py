@@ -1,0 +1,1 @@
+"""The commands of scripts/convert_model.py."""

@@ -20,7 +20,12 @@ from pathlib import Path
 
 from model.files import file_sha256, write_json
 from scripts.checkpoint import ShapeArgs, load_checkpoint
-from scripts.conversion.outputs import check_place, largest_difference, replace_folder
+from scripts.conversion.outputs import (
+    check_place,
+    largest_difference,
+    replace_folder,
+    weight_hashes,
+)
 from trainer.runtime.arguments import arg
 
 RECORD = "merged_adapters.json"
@@ -49,7 +54,7 @@ def read_record(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"adapters": []}
 
 
-def hashes(record: dict) -> tuple:
+def identity(record: dict) -> tuple:
     """The SHA-256 of the base's files and of the adapters: together they decide the weights."""
     return record.get("base_sha256"), sorted(one["sha256"] for one in record["adapters"])
 
@@ -83,20 +88,19 @@ def merge(args: MergeArgs) -> None:
 
     cpu = torch.device("cpu")
     source = find_weight(args.from_weight, args, cpu).resolve()
-    adapters = [str(find_adapter(one, args.save_dir)) for one in args.adapter]
+    adapters = [str(find_adapter(one, args)) for one in args.adapter]
     added = new_adapters(adapters, source)
     if not added:
         return
     folders = [one["folder"] for one in added]
     model, tokenizer = load_checkpoint(str(source), args, cpu, folders, merge=False)
-    files = [source] if source.suffix == ".pth" else sorted(source.glob("*.safetensors"))
     record = {
         "base": str(source),
-        "base_sha256": {path.name: file_sha256(path) for path in files},
+        "base_sha256": weight_hashes(source),
         "adapters": [*read_record(source)["adapters"], *added],
     }
     out = Path(args.out or Path(args.save_dir) / f"merged_{shape_name(model.config)}")
-    if hashes(read_record(out)) == hashes(record):
+    if identity(read_record(out)) == identity(record):
         return print(f"{out} is that already: nothing to do")
     check_place(out, args.overwrite, [source, *adapters], RECORD)
     merged, _ = load_checkpoint(str(source), args, cpu, folders)

@@ -14,13 +14,20 @@ readable for other programs.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.files import file_sha256, write_json
+from model.files import write_json
 from scripts.checkpoint import ShapeArgs
-from scripts.conversion.outputs import check_place, largest_difference, random_ids, replace_folder
+from scripts.conversion.outputs import (
+    check_place,
+    largest_difference,
+    random_ids,
+    replace_folder,
+    weight_hashes,
+)
 from trainer.runtime.arguments import arg, check_positive
 
 if TYPE_CHECKING:
@@ -52,8 +59,8 @@ class NativeArgs:
         check_positive(self, "num_attention_heads", "rope_theta", "rms_norm_eps")
         if self.known() and not self.source.endswith(".pth"):
             raise ValueError(
-                f"--{' and --'.join(self.known())} is for a .pth file: the config.json of "
-                f"{self.source} says that, leave it out"
+                f"{' '.join(f'--{name}' for name in self.known())}: only for a .pth file; the "
+                f"config.json of {self.source} says that"
             )
 
     def known(self) -> dict[str, float]:
@@ -89,7 +96,7 @@ def to_native(args: NativeArgs) -> None:
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(folder / RECORD, {"source": str(source), "sha256": hashes(source)})
+        write_json(folder / RECORD, {"source": str(source), "sha256": weight_hashes(source)})
 
     replace_folder(out, fill)
     print(
@@ -98,16 +105,8 @@ def to_native(args: NativeArgs) -> None:
     )
 
 
-def hashes(source: Path) -> dict[str, str]:
-    """{file: SHA-256} of the weights that were read."""
-    files = [source] if source.is_file() else [*source.glob("*.safetensors"), *source.glob("*.bin")]
-    return {path.name: file_sha256(path) for path in sorted(files)}
-
-
 def type_of(folder: Path) -> str:
     """The architecture that a folder's config.json names."""
-    import json
-
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
 
 
@@ -160,7 +159,7 @@ def adapter_to_native(args: NativeArgs, source: Path, out: Path) -> None:
 
     def fill(folder: Path) -> None:
         write_adapter(folder, layers, settings, home)
-        write_json(folder / RECORD, {"source": str(source), "sha256": hashes(source)})
+        write_json(folder / RECORD, {"source": str(source), "sha256": weight_hashes(source)})
 
     replace_folder(out, fill)
     before, _ = load_checkpoint(str(base), shape, cpu, [source])

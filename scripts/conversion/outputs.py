@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataset.files.outputs import why_unwritable
+from model.files import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,12 @@ def replace_folder(out: Path, fill: Callable[[Path], None]) -> None:
         out.rename(old)
     draft.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def weight_hashes(source: Path) -> dict[str, str]:
+    """{file: SHA-256} of the weights in a `.pth` file or a checkpoint folder."""
+    files = [source] if source.is_file() else [*source.glob("*.safetensors"), *source.glob("*.bin")]
+    return {path.name: file_sha256(path) for path in sorted(files)}
 
 
 def random_ids(vocab_size: int) -> torch.Tensor:

@@ -21,10 +21,13 @@ from trainer.runtime.arguments import arg
 if TYPE_CHECKING:
     from model.model_minimind import MiniMindConfig
 
-NAMES = (  # of its MiniMindConfig
+SHAPE = (  # as its MiniMindConfig calls it
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "rms_norm_eps"),
 )
+EXPERTS = ("num_experts_per_tok", "norm_topk_prob")
+# what the file does not hold
+NOT_IN_FILE = ("num_attention_heads", "head_dim", "rms_norm_eps", "rope_parameters", *EXPERTS)
 
 
 @dataclass
@@ -46,6 +49,7 @@ def to_pth(args: PthArgs) -> None:
     """Write the file and the tokenizer, and say by how much its logits differ from the source's."""
     import torch
 
+    from model.legacy_format import ROPE_SCALING
     from model.model_minimind import MiniMindForCausalLM
     from model.native_format import split_experts
 
@@ -53,6 +57,12 @@ def to_pth(args: PthArgs) -> None:
     if model.config.qk_norm and model.config.shared_expert_intermediate_size:
         raise ValueError(
             f"{args.source} has q/k norm and a shared expert: no class of that family computes both"
+        )
+    rope = model.config.rope_parameters
+    if rope["rope_type"] == "yarn" and {**rope, **ROPE_SCALING} != rope:
+        raise ValueError(
+            f"{args.source} stretches its positions in another way ({rope}) than that family can: "
+            f"{ROPE_SCALING}"
         )
     state = {
         name.replace(".shared_expert.", ".shared_experts.0."): x.contiguous()
@@ -62,7 +72,7 @@ def to_pth(args: PthArgs) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, lambda temporary: torch.save(state, temporary))
     tokenizer.save_pretrained(out.with_name(f"{out.stem}_tokenizer"))
-    fields = {name: getattr(model.config, name) for name in KNOWN}
+    fields = {name: getattr(model.config, name) for name in NOT_IN_FILE}
     again = MiniMindForCausalLM.from_pth(out, **fields)
     print(f"its class must be given: MiniMindConfig({shape_in_words(model.config)})")
     print(
@@ -71,21 +81,16 @@ def to_pth(args: PthArgs) -> None:
     )
 
 
-# what the file does not hold
-KNOWN = (
-    *("num_attention_heads", "rms_norm_eps", "rope_parameters", "num_experts_per_tok"),
-    *("norm_topk_prob", "head_dim"),
-)
-
-
 def shape_in_words(config: MiniMindConfig) -> str:
     """The keyword arguments of its MiniMindConfig for a network."""
-    fields = {name: getattr(config, name) for name in NAMES}
+    fields = {name: getattr(config, name) for name in SHAPE}
     fields["rope_theta"] = config.rope_parameters["rope_theta"]
+    if config.rope_parameters["rope_type"] == "yarn":
+        fields["inference_rope_scaling"] = True
     if not config.tie_word_embeddings:
         fields["tie_word_embeddings"] = False
     if config.num_experts:
         count = "num_experts" if config.qk_norm else "n_routed_experts"
         fields |= {"use_moe": True, count: config.num_experts}
-        fields |= {name: getattr(config, name) for name in KNOWN[3:5]}
+        fields |= {name: getattr(config, name) for name in EXPERTS}
     return ", ".join(f"{name}={value!r}" for name, value in fields.items())

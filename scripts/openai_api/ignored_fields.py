@@ -69,7 +69,7 @@ class IgnoredFields:
         if spellings and self.is_strict:
             raise ApiError(
                 400,
-                f"{spellings[0]}: there is no such field, or it is not supported",
+                f"{spellings[0]}: there is no such field, or it is not supported; leave it out",
                 spellings[0],
                 "unsupported_parameter",
             )

@@ -82,7 +82,9 @@ class AssistantMessage(AnyMessage):
     @model_validator(mode="after")
     def says_something(self) -> "AssistantMessage":
         if self.content is None and self.reasoning_content is None and not self.tool_calls:
-            raise ValueError("an assistant's message needs content or tool_calls")
+            raise ValueError(
+                "an assistant's message needs content, reasoning_content or tool_calls"
+            )
         return self
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from model.legacy_format import ROPE_SCALING, read_pickle, shape_of
 from model.model_lora import load_adapter, set_adapter
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.native_format import split_experts
 
 V, D, FF, LAYERS = 50, 32, 48, 2
 IDS = torch.arange(3, 33).view(2, 15)
@@ -157,6 +158,31 @@ def test_folders_of_2026_say_their_shape(moe, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "inference_rope_scaling": True}))
     stretched = MiniMindForCausalLM.from_pretrained(tmp_path).config.rope_parameters
     assert stretched == {"rope_theta": 1e6, **ROPE_SCALING}
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_folders_of_2025_04_say_their_shape(moe, tmp_path):
+    """Llama's names, its own keys for the experts, and no q/k norm."""
+    shape = dict(hidden_size=D, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2)
+    shape |= dict(intermediate_size=FF, vocab_size=V, rms_norm_eps=1e-5)
+    experts = dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True) if moe else {}
+    experts |= dict(shared_expert_intermediate_size=FF) if moe else {}
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(**shape, **experts)).eval()
+    state = {
+        name.replace(".shared_expert.", ".shared_experts.0."): x
+        for name, x in split_experts(model.state_dict()).items()
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = {"model_type": "minimind", "use_moe": moe, "rope_theta": 1e6, **shape}
+    config |= dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = MiniMindForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits) and not again.config.qk_norm
+    torch.save(state, tmp_path / "one.pth")
+    assert torch.equal(
+        MiniMindForCausalLM.from_pth(tmp_path / "one.pth")(IDS).logits, model(IDS).logits
+    )
 
 
 def test_heads_that_no_tensor_tells_must_be_said(tmp_path):

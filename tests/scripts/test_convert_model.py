@@ -118,7 +118,10 @@ def test_results_are_not_replaced_by_accident(theirs, tmp_path):
         (["nativ"], "invalid choice: 'nativ'"),
         (["native"], "the following arguments are required: source"),
         (["native", "x.pth"], "--out is missing"),
-        (["native", "x", "--out", "y", "--rope_theta", "1e4"], "--rope_theta is for a .pth file"),
+        (
+            ["native", "x", "--out", "y", "--rope_theta", "1e4"],
+            "--rope_theta: only for a .pth file",
+        ),
         (["pth", "x", "--out", "y"], "--out 'y': give a name that ends in .pth"),
     ],
 )

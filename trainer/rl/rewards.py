@@ -19,9 +19,9 @@ is logged by its name, unweighted.
                    --max_completion_length, of the longest turn (Yu et al. 2025, DAPO, eq. 13)
     repetition     minus the fraction of the sampled 3-grams of tokens that were there before
     tools          fraction of the row's "calls" that were made; where none is needed, 1 if none was
-                   tried, else 0; in a row with tools and "gt" but without "calls", one valid call
-                   is expected for each value of "gt", and each that is missing, too many or invalid
-                   takes off the fraction of one
+                   tried, else 0; in a row with tools and "gt" but without "calls", with one
+                   expected call for each value of "gt":
+                   1 - (|valid - expected| + invalid) / expected, at least 0
     valid_calls    fraction of the attempted calls that name a tool on offer and fit its arguments;
                    1 if there were none
     FILE.py:NAME   the user's own function: NAME(text, row) -> number, of the (last) completion with
@@ -124,8 +124,8 @@ def check_answer(row: dict) -> None:
     is_value = isinstance(answer, str | int | float) and not isinstance(answer, bool)
     if not gt and not (is_value and str(answer).strip()):
         fault = f'neither "answer" nor "gt" among the keys {list(row)}'
-        if given := {"answer", "gt"} & row.keys():
-            fault = f'"{min(given)}" is {row[min(given)]!r}'
+        for name in ("gt", "answer"):
+            fault = f'"{name}" is {row[name]!r}' if name in row else fault
         raise ValueError(
             f"{fault}: nothing tells whether a completion is right. Give a text or a number as "
             '"answer", or --rewards without answer, such as model:FOLDER=1 (a reward model)'

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import os
 import sys
 import traceback
 import types
@@ -18,13 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model.files import forgive_text
+from trainer.runtime import threads  # noqa: F401  before torch is loaded
 from trainer.runtime.foreign_flags import explanation
 
 ROOT = Path(__file__).resolve().parents[2]
-# Before torch loads its threads. By default one that waits for the others spins for a millisecond,
-# and keeps them from running where another program has a core: 2 to 20 times slower (docs/LOG.md).
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def arg(

@@ -15,7 +15,7 @@ from model.model_minimind import MiniMindForCausalLM
 from model.sampling import SamplingParams
 from trainer.runtime.data import documents_of
 from trainer.runtime.run import Run
-from trainer.runtime.weights import SHAPE_FLAGS, read_weight
+from trainer.runtime.weights import SHAPE_FLAGS, find_weight, read_weight
 
 Micro = dict[str, torch.Tensor]
 
@@ -25,11 +25,12 @@ def load_teacher(
 ) -> MiniMindForCausalLM:
     """The network of --teacher, frozen. ValueError without it, or if its tokenizer is another."""
     own = {name: getattr(args, f"teacher_{name}") for name in SHAPE_FLAGS}
-    if not args.teacher.endswith(".pth"):  # a folder has its own, which is compared below
-        own["tokenizer_path"] = ""
     asked = replace(args, **own)
     asked.given = {name for name in SHAPE_FLAGS if f"teacher_{name}" in args.given}
-    teacher, theirs = read_weight(args.teacher, asked, device)
+    source = find_weight(args.teacher, asked, device)
+    if source.suffix != ".pth":  # a folder has its own tokenizer, which is compared below
+        asked.tokenizer_path = ""
+    teacher, theirs = read_weight(str(source), asked, device)
     if differences := tokenizer_differences(tokenizer, theirs):
         is_new = args.from_weight == "none"
         student = "MiniMind's own" if is_new else f"the one of {args.from_weight}"

@@ -17,8 +17,9 @@ def think_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     added = tokenizer.get_added_vocab()
     if not {"<think>", "</think>"} <= added.keys():
         raise ValueError(
-            "the tokenizer has no tokens <think> and </think>, which this stage needs: begin with "
-            "one that trainer/train_tokenizer.py has made"
+            "the tokenizer of --from_weight has no tokens <think> and </think>, which this stage "
+            "needs: begin with --from_weight none --tokenizer_path FOLDER, of trainer/"
+            "train_tokenizer.py"
         )
     return [added["<think>"], added["</think>"]]
 

@@ -151,25 +151,25 @@ def pth_files(name: str, args: Any) -> list[Path]:
     return found
 
 
-def find_adapter(name: str, save_dir: str) -> Path:
-    """The folder or .pth file of an adapter: a path, or a run in save_dir. ValueError if several
-    fit, or none; a folder or .pth file that is no adapter is left to its reader.
+def find_adapter(name: str, args: Any) -> Path:
+    """The folder or .pth file of an adapter: a path, or a run in args.save_dir. ValueError if
+    several fit, or none; a folder or .pth file that is no adapter is left to its reader.
     """
-    path, places = Path(name), Path(save_dir)
+    path, save_dir = Path(name), Path(args.save_dir)
     is_path = path.suffix == ".pth" or path.is_absolute()
     if is_path or (path / "adapter_config.json").is_file():
         return path
-    runs = [*sorted(places.glob(f"{name}_*")), places / name]
+    runs = [*sorted(save_dir.glob(f"{name}_*")), save_dir / name]
     found = [run for run in runs if (run / "adapter_config.json").is_file()]
-    found = found or sorted(places.glob(f"{name}_*.pth"))
+    found = found or pth_files(name, args)
     if len(found) > 1:
         raise ValueError(
             f"the adapter {name!r} fits {', '.join(one.name for one in found)} in {save_dir}: give "
             "the path of one"
         )
     if not found and not path.is_dir():
-        folders = (one.parent for one in places.glob("*/adapter_config.json"))
-        there = sorted(one.name for one in (*folders, *places.glob("lora*.pth")))
+        folders = (one.parent for one in save_dir.glob("*/adapter_config.json"))
+        there = sorted(one.name for one in (*folders, *save_dir.glob("lora*.pth")))
         only = f"only {', '.join(there)}" if there else "none at all"
         raise ValueError(
             f"no adapter is found as {name!r}: {save_dir} has {only}. Give such a name, or the "
