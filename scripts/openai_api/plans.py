@@ -64,6 +64,26 @@ class Plan:
 
 def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     """The Plan of a ChatRequest. ApiError 400 for requests beyond the model."""
+    prompt, tools = chat_prompt(request, served)
+    in_reasoning, is_begun = end_of_prompt(request)
+    thinking = False if is_begun or request.thinking() is False else None
+    grammar = choose_grammar(request, tools, in_reasoning or thinking, served)
+    limit = request.max_completion_tokens or request.max_tokens or -1
+    log_probs = (request.top_logprobs or 0) if request.logprobs else None
+    stops = stop_scope(request, served, bool(tools), in_reasoning)
+    return Plan(
+        [prompt],
+        sampling_params(request, served, limit, log_probs, grammar, stops),
+        request.n or 1,
+        log_probs is not None,
+        in_reasoning,
+        is_begun,
+        bool(tools),
+    )
+
+
+def chat_prompt(request: ChatRequest, served: ServedModel) -> tuple[list[int], list[Tool]]:
+    """(ids of the prompt, the tools that it offers). ApiError 400 for prompts beyond the model."""
     if not served.chats:
         raise ApiError(
             400,
@@ -83,21 +103,7 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     check_length(prompt, served, "messages")
-    in_reasoning, is_begun = end_of_prompt(request, messages[-1])
-    thinking = False if is_begun or request.thinking() is False else None
-    grammar = choose_grammar(request, tools, in_reasoning or thinking, served)
-    limit = request.max_completion_tokens or request.max_tokens or -1
-    log_probs = (request.top_logprobs or 0) if request.logprobs else None
-    stops = stop_scope(request, served, bool(tools), in_reasoning)
-    return Plan(
-        [prompt],
-        sampling_params(request, served, limit, log_probs, grammar, stops),
-        request.n or 1,
-        log_probs is not None,
-        in_reasoning,
-        is_begun,
-        bool(tools),
-    )
+    return prompt, tools
 
 
 def encode_chat(
@@ -111,9 +117,10 @@ def encode_chat(
     return encode_prompt(served.tokenizer, messages, tools, request.thinking())
 
 
-def end_of_prompt(request: ChatRequest, last: dict) -> tuple[bool, bool]:
-    """(in_reasoning, is_begun) of the Plan, where `last` is the last of the messages."""
+def end_of_prompt(request: ChatRequest) -> tuple[bool, bool]:
+    """(in_reasoning, is_begun) of the Plan."""
     if request.continue_final_message:
+        last = as_template_has_it(request.messages[-1])
         return in_open_reasoning(last), bool(last["content"] or "reasoning_content" in last)
     return request.thinking() is True and request.add_generation_prompt is not False, False
 
