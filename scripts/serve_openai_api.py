@@ -89,6 +89,9 @@ class ServeArgs(WeightArgs):
     )
     max_queue: int = arg(256, "completions of one model that may wait; beyond that clients get 429")
     max_body_bytes: int = arg(4 << 20, "longest body of a request; beyond that clients get 413")
+    max_stored_responses: int = arg(
+        1000, "responses of /v1/responses that are kept in memory for later; 0: none"
+    )
     strict: bool = arg(
         False,
         "refuse requests with fields that this server does not know, instead of ignoring them",
@@ -103,7 +106,7 @@ class ServeArgs(WeightArgs):
     def check(self) -> None:
         super().check()
         check_positive(self, "max_batch_size", "max_len", "max_body_bytes")
-        check_not_negative(self, "max_queue")
+        check_not_negative(self, "max_queue", "max_stored_responses")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port {self.port}: give one from 0 (any that is free) to 65535")
         for origin in self.allow_origin:

@@ -4,22 +4,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from scripts.openai_api.endpoints import router
-from scripts.openai_api.errors import ApiError, answer_api_error, answer_crash, answer_http_error
+from scripts.openai_api.errors import (
+    ApiError,
+    answer_api_error,
+    answer_bad_query,
+    answer_crash,
+    answer_http_error,
+)
 from scripts.openai_api.http import Gate, GateState
 from scripts.openai_api.ignored_fields import HEADER, IgnoredFields
 from scripts.openai_api.metrics import Metrics
 from scripts.openai_api.model_pool import ServedModel
 from scripts.openai_api.requests import ChatRequest, CompletionRequest
+from scripts.openai_api.responses_api.endpoints import router as responses_router
+from scripts.openai_api.responses_api.requests import ResponseRequest
+from scripts.openai_api.responses_api.store import Store
 
 REFUSALS = {
     "400": "The request cannot be served as it is; the message says why.",
     "401": "A wrong API key, or none.",
-    "404": "There is no such model.",
+    "404": "There is no such model, response or item.",
     "408": "The body did not come in time.",
     "413": "The body is too long.",
     "429": "The queue is full; see Retry-After.",
@@ -46,7 +56,12 @@ IGNORED = {
     "description": "Fields of the request that this server does not know and has ignored.",
     "schema": {"type": "string"},
 }
-BODIES = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+BODIES = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
+}
+MOST_RESPONSES = 1000
 
 
 def build_app(
@@ -55,23 +70,28 @@ def build_app(
     max_body_bytes: int = 4 << 20,
     strict: bool = False,
     allow_origin: Sequence[str] = (),
+    max_stored_responses: int = MOST_RESPONSES,
 ) -> FastAPI:
     """The application that serves the models, by name.
 
     strict: unknown fields are refused. allow_origin: web pages from there may use it in a browser.
+    max_stored_responses: those of /v1/responses that are kept for later.
     """
     app = FastAPI(
         title="MiniMind",
-        description="Chat and completions as OpenAI's clients know them.",
+        description="Chat, completions and responses as OpenAI's clients know them.",
         version="1",
     )
     app.state.models, app.state.max_body_bytes = models, max_body_bytes
     app.state.metrics, app.state.gate = Metrics(models), GateState(api_key)
     app.state.ignored_fields = IgnoredFields(app.state.metrics.ignored_fields, strict)
+    app.state.store = Store(max_stored_responses)
     app.include_router(router)
+    app.include_router(responses_router)
     app.add_middleware(Gate, state=app.state.gate)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(RequestValidationError, answer_bad_query)
     app.add_exception_handler(Exception, answer_crash)
     app.openapi = lambda: document(app)
     if allow_origin:
@@ -88,7 +108,7 @@ def open_to_pages(app: FastAPI, origins: Sequence[str]) -> None:
     app.middleware_stack = CORSMiddleware(
         app.build_middleware_stack(),
         allow_origins=origins,
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["*"],
         allow_private_network=True,
         expose_headers=[HEADER, "Retry-After"],
@@ -109,7 +129,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         for part in definitions["$defs"].values():
             part["additionalProperties"] = False
     parts.update(definitions["$defs"], Error=ERROR)
-    for name in ("ChatRequest", "CompletionRequest"):
+    for name in (model.__name__ for model in BODIES.values()):
         parts[name]["properties"]["model"]["enum"] = list(app.state.models)
     for path, operations in schema["paths"].items():
         for operation in operations.values():
@@ -125,7 +145,7 @@ def describe(operation: dict[str, Any], path: str, has_key: bool) -> None:
     statuses = {"400", "408", "413", "429", "500"} if path in BODIES else set()
     statuses |= {"404"} if path in BODIES or "{" in path else set()
     statuses |= {"503"} | ({"401"} if has_key and path != "/health" else set())
-    operation["responses"].pop("422", None)
+    statuses |= {"400"} if operation["responses"].pop("422", None) else set()
     operation["responses"] |= {
         status: {"description": REFUSALS[status], "content": error} for status in sorted(statuses)
     }

@@ -1,5 +1,6 @@
 """Errors in the form of OpenAI's API: {"error": {message, type, param, code}} with a status."""
 
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -51,6 +52,13 @@ async def answer_http_error(request: Request, error: HTTPException) -> JSONRespo
         405: f"{request.method} does not work at {request.url.path}",
     }.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, hint, headers=error.headers).response()
+
+
+async def answer_bad_query(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Parameters of the address that do not fit."""
+    fault = error.errors()[0]
+    name = str(fault["loc"][-1])
+    return ApiError(400, f"{name}: {fault['msg']}", name, "invalid_value").response()
 
 
 async def answer_crash(request: Request, error: Exception) -> JSONResponse:
