@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from scripts.openai_api.endpoints import router
 from scripts.openai_api.errors import (
@@ -17,7 +18,7 @@ from scripts.openai_api.errors import (
     answer_crash,
     answer_http_error,
 )
-from scripts.openai_api.http import Gate, GateState
+from scripts.openai_api.http import REQUEST_ID, Frame, Gate, GateState
 from scripts.openai_api.ignored_fields import HEADER, IgnoredFields
 from scripts.openai_api.metrics import Metrics
 from scripts.openai_api.model_pool import ServedModel
@@ -25,6 +26,8 @@ from scripts.openai_api.requests import ChatRequest, CompletionRequest
 from scripts.openai_api.responses_api.endpoints import router as responses_router
 from scripts.openai_api.responses_api.requests import ResponseRequest
 from scripts.openai_api.responses_api.store import Store
+from scripts.openai_api.tokens import DetokenizeRequest, TemplateRequest, TokenizeRequest
+from scripts.openai_api.tokens import router as tokens_router
 
 REFUSALS = {
     "400": "The request cannot be served as it is; the message says why.",
@@ -60,6 +63,9 @@ BODIES = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponseRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/apply-template": TemplateRequest,
 }
 MOST_RESPONSES = 1000
 
@@ -88,30 +94,31 @@ def build_app(
     app.state.store = Store(max_stored_responses)
     app.include_router(router)
     app.include_router(responses_router)
+    app.include_router(tokens_router)
     app.add_middleware(Gate, state=app.state.gate)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(RequestValidationError, answer_bad_query)
     app.add_exception_handler(Exception, answer_crash)
     app.openapi = lambda: document(app)
-    if allow_origin:
-        open_to_pages(app, allow_origin)
+    stack = app.build_middleware_stack()
+    app.middleware_stack = Frame(open_to_pages(stack, allow_origin) if allow_origin else stack)
     return app
 
 
-def open_to_pages(app: FastAPI, origins: Sequence[str]) -> None:
+def open_to_pages(stack: ASGIApp, origins: Sequence[str]) -> CORSMiddleware:
     """Let browsers hand the responses to pages from `origins` (CORS; "*": from anywhere).
 
-    Around everything else: errors need the headers too, and a browser sends its preflight without
-    the API key.
+    Around the gate: errors need the headers too, and a browser sends its preflight without the API
+    key.
     """
-    app.middleware_stack = CORSMiddleware(
-        app.build_middleware_stack(),
+    return CORSMiddleware(
+        stack,
         allow_origins=origins,
         allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["*"],
         allow_private_network=True,
-        expose_headers=[HEADER, "Retry-After"],
+        expose_headers=[HEADER, REQUEST_ID, "Retry-After"],
     )
 
 
@@ -130,7 +137,10 @@ def document(app: FastAPI) -> dict[str, Any]:
             part["additionalProperties"] = False
     parts.update(definitions["$defs"], Error=ERROR)
     for name in (model.__name__ for model in BODIES.values()):
-        parts[name]["properties"]["model"]["enum"] = list(app.state.models)
+        field = parts[name]["properties"]["model"]
+        next((one for one in field.get("anyOf", ()) if one["type"] == "string"), field)["enum"] = (
+            list(app.state.models)
+        )
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             describe(operation, path, bool(app.state.gate.api_key))
@@ -157,7 +167,8 @@ def describe(operation: dict[str, Any], path: str, has_key: bool) -> None:
         schema = {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}
         content = {"application/json": {"schema": schema}}
         operation["requestBody"] = {"required": True, "content": content}
-        operation["responses"]["200"]["content"]["text/event-stream"] = {}
+        if "stream" in BODIES[path].model_fields and path.startswith("/v1"):
+            operation["responses"]["200"]["content"]["text/event-stream"] = {}
         operation["responses"]["200"]["headers"] = {HEADER: IGNORED}
     if has_key and path != "/health":
         operation["security"] = [{"key": []}]

@@ -82,8 +82,12 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     )
 
 
-def chat_prompt(request: ChatRequest, served: ServedModel) -> tuple[list[int], list[Tool]]:
-    """(ids of the prompt, the tools that it offers). ApiError 400 for prompts beyond the model."""
+def chat_prompt(
+    request: ChatRequest, served: ServedModel, any_length: bool = False
+) -> tuple[list[int], list[Tool]]:
+    """(ids of the prompt, the tools that it offers). ApiError 400 for prompts beyond the model;
+    any_length: except those that are too long for it.
+    """
     if not served.chats:
         raise ApiError(
             400,
@@ -95,14 +99,16 @@ def chat_prompt(request: ChatRequest, served: ServedModel) -> tuple[list[int], l
         tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
     offered = [offered_tool(tool) for tool in tools] or None
     messages = [as_template_has_it(message) for message in request.messages]
-    length = sum(len(message["content"] or "") for message in messages)
-    length += len(json.dumps(offered or "", ensure_ascii=False))
-    check_characters(length, served, "messages")
+    if not any_length:
+        length = sum(len(message["content"] or "") for message in messages)
+        length += len(json.dumps(offered or "", ensure_ascii=False))
+        check_characters(length, served, "messages")
     try:
         prompt = encode_chat(request, served, messages, offered)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
-    check_length(prompt, served, "messages")
+    if not any_length:
+        check_length(prompt, served, "messages")
     return prompt, tools
 
 
@@ -188,9 +194,8 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
     for prompt in request.prompts():
         if isinstance(prompt, str):
             check_characters(len(prompt), served, "prompt")
-            own = served.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-            begins_special = own and own[0] in served.special_ids
-            ids = own if begins_special else [served.tokenizer.pad_token_id, *own]
+            own = encode_text(prompt, served)
+            ids = with_start(own, served)
             echoes.append(Echo(prompt, own))
         else:
             ids = list(prompt)
@@ -210,6 +215,17 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
         params *= len(prompts)
     wants_log_probs, echoes = request.logprobs is not None, echoes if request.echo else []
     return Plan(prompts, params, request.n or 1, wants_log_probs, echoes=echoes)
+
+
+def encode_text(text: str, served: ServedModel) -> list[int]:
+    """The ids of a text that may spell special tokens."""
+    return served.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def with_start(ids: list[int], served: ServedModel) -> list[int]:
+    """The ids of a text as a prompt: after <|endoftext|>, unless it begins with a special token."""
+    begins_special = ids and ids[0] in served.special_ids
+    return ids if begins_special else [served.tokenizer.pad_token_id, *ids]
 
 
 def check_ids(ids: Iterable[int], served: ServedModel, field: str = "prompt") -> None:
