@@ -51,8 +51,13 @@ def test_unknown_paths_and_methods(server):
             reply = httpx.request(method, server.url + path, follow_redirects=True)
             error = refused(reply, reply.status_code)
             assert reply.status_code in (404, 405) and reply.headers[KEY] and error["message"]
-    reply = httpx.put(f"{server.url}/v1/chat/completions", json={})
-    assert refused(reply, 405) and "POST" in reply.headers["allow"]
+    for path, methods in (
+        ("/v1/chat/completions", "POST"),
+        ("/v1/models/chat", "GET, HEAD"),
+        ("/v1/responses/x", "DELETE, GET, HEAD"),
+    ):
+        reply = httpx.put(server.url + path, json={})
+        assert refused(reply, 405) and reply.headers["allow"] == methods
 
 
 def test_refusals_and_crashes_have_an_id_too(monkeypatch):
