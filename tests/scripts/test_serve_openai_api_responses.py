@@ -171,7 +171,7 @@ def test_only_allowed_tools_are_called(client):
         one = respond(client, tools=[WEATHER, clock], tool_choice=choice, max_output_tokens=300)
         assert {item.name for item in one.output} == {name}
     named = [{"type": "function", "name": "get_date"}]
-    with pytest.raises(openai.BadRequestError, match="needs tools"):
+    with pytest.raises(openai.BadRequestError, match="'get_date', which is not among"):
         respond(client, tools=[WEATHER], tool_choice=allowed | {"tools": named})
 
 

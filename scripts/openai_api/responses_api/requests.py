@@ -157,8 +157,7 @@ def as_chat(request: ResponseRequest, items: Sequence[dict]) -> ChatRequest:
         raise ApiError(400, "input: give a text, or at least one item", "input")
     tools, choice = request.tools or [], request.tool_choice
     if isinstance(choice, AllowedTools):
-        names = {tool.name for tool in choice.tools}
-        tools, choice = [tool for tool in tools if tool.name in names], choice.mode
+        tools, choice = allowed(tools, choice), choice.mode
     elif isinstance(choice, NamedFunctionTool):
         choice = {"type": "function", "function": {"name": choice.name}}
     chat = request.model_dump(include=PASSED_ON, exclude_none=True) | {
@@ -172,6 +171,17 @@ def as_chat(request: ResponseRequest, items: Sequence[dict]) -> ChatRequest:
     if request.wants_log_probs():
         chat |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
     return parse(ChatRequest, json.dumps(chat).encode())
+
+
+def allowed(tools: Sequence[FunctionTool], choice: AllowedTools) -> list[FunctionTool]:
+    """The tools that a choice allows. ApiError 400 if it names others."""
+    names = {tool.name for tool in choice.tools}
+    unknown = names - {tool.name for tool in tools}
+    if unknown:
+        raise ApiError(
+            400, f"tool_choice names {min(unknown)!r}, which is not among the tools", "tool_choice"
+        )
+    return [tool for tool in tools if tool.name in names]
 
 
 def in_chat(part: FunctionTool | PlainFormat | NamedSchemaFormat, kind: str) -> dict[str, Any]:
