@@ -1,5 +1,5 @@
-"""Serve checkpoints to every program that can talk to OpenAI's API: chat, completions, tools, JSON
-by a schema.
+"""Serve checkpoints to every program that can talk to OpenAI's API: chat, completions, responses,
+tools, JSON by a schema.
 
     python scripts/serve_openai_api.py                     # out/full_sft_*, at 127.0.0.1:8000
     python scripts/serve_openai_api.py --weight chat=out/full_sft_tiny base=out/pretrain_tiny
@@ -32,6 +32,10 @@ Prometheus. Particular to this server:
 - Where JSON or a call is enforced, the model thinks before it only if it is asked to.
 - Thinking is switched by chat_template_kwargs: {"enable_thinking": true} or by reasoning_effort,
   and comes as reasoning_content. Extensions: top_k, min_p, repetition_penalty, ignore_eos.
+- /v1/responses is a second form of chat. Responses are kept in memory for previous_response_id,
+  unless store is false; the oldest are forgotten.
+- /tokenize, /detokenize and /apply-template have the names of vLLM's and llama.cpp's servers.
+- Every response has an X-Request-Id, the client's own if it sent a good one.
 - A text prompt may hold special tokens (`<|im_start|>`); one that does not begin with one gets
   <|endoftext|> before it.
 - On a CPU one core is left to the connections, unless OMP_NUM_THREADS says how many the networks
@@ -91,6 +95,9 @@ class ServeArgs(WeightArgs):
     )
     max_queue: int = arg(256, "completions of one model that may wait; beyond that clients get 429")
     max_body_bytes: int = arg(4 << 20, "longest body of a request; beyond that clients get 413")
+    max_stored_responses: int = arg(
+        1000, "responses of /v1/responses that are kept in memory for later; 0: none"
+    )
     strict: bool = arg(
         False,
         "refuse requests with fields that this server does not know, instead of ignoring them",
@@ -105,7 +112,7 @@ class ServeArgs(WeightArgs):
     def check(self) -> None:
         super().check()
         check_positive(self, "max_batch_size", "max_len", "max_body_bytes")
-        check_not_negative(self, "max_queue")
+        check_not_negative(self, "max_queue", "max_stored_responses")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port {self.port}: give one from 0 (any that is free) to 65535")
         for origin in self.allow_origin:

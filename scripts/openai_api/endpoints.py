@@ -98,17 +98,11 @@ async def answer(
     if plan.wants_log_probs and plan.echoes:
         await score(http, plan, served, request.logprobs)
         served.check_room(len(plan.prompts) * plan.n)  # others may have come meanwhile
-    generation = Generation(served)
+    generation = begin(plan, served)
     clock = Clock(state.metrics, served.name, start, generation)
     options = request.stream and request.stream_options
     envelope = Envelope(served, kind, with_usage=bool(options and options.include_usage))
     choices = make_choices(plan, served, envelope, kind)
-    try:
-        for i, params in enumerate(plan.params):
-            generation.add(plan.prompts[i // plan.n], params)
-    except BaseException:
-        generation.cancel()
-        raise
     if request.stream:
         parts = stream(generation, choices, plan, envelope, clock)
         return EventStream(parts, generation.cancel, headers)
@@ -122,6 +116,18 @@ async def answer(
     whole = [choice.whole() for choice in choices]
     body = envelope.whole(whole, usage(generation.requests, plan, choices))
     return JSONResponse(body, headers=headers)
+
+
+def begin(plan: Plan, served: ServedModel) -> Generation:
+    """Start the completions of a plan."""
+    generation = Generation(served)
+    try:
+        for i, params in enumerate(plan.params):
+            generation.add(plan.prompts[i // plan.n], params)
+    except BaseException:
+        generation.cancel()
+        raise
+    return generation
 
 
 async def score(http: Request, plan: Plan, served: ServedModel, number: int) -> None:

@@ -1,8 +1,10 @@
 """Errors in the form of OpenAI's API: {"error": {message, type, param, code}} with a status."""
 
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 TYPES = {
     401: "authentication_error",
@@ -50,7 +52,26 @@ async def answer_http_error(request: Request, error: HTTPException) -> JSONRespo
         404: f"there is nothing at {request.url.path}; /docs lists the paths",
         405: f"{request.method} does not work at {request.url.path}",
     }.get(error.status_code, str(error.detail))
-    return ApiError(error.status_code, hint, headers=error.headers).response()
+    headers = {"Allow": allowed_methods(request)} if error.status_code == 405 else error.headers
+    return ApiError(error.status_code, hint, headers=headers).response()
+
+
+def allowed_methods(request: Request) -> str:
+    """The methods of all routes of a path; the routing itself names those of the first alone."""
+    found = [
+        method
+        for method in ("DELETE", "GET", "POST")
+        for route in request.app.routes
+        if route.matches({**request.scope, "method": method})[0] is Match.FULL
+    ]
+    return ", ".join(found + (["HEAD"] if "GET" in found else []))
+
+
+async def answer_bad_query(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Parameters of the address that do not fit."""
+    fault = error.errors()[0]
+    name = str(fault["loc"][-1])
+    return ApiError(400, f"{name}: {fault['msg']}", name, "invalid_value").response()
 
 
 async def answer_crash(request: Request, error: Exception) -> JSONResponse:

@@ -2,6 +2,8 @@
 
 import asyncio
 import hmac
+import re
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,6 +16,9 @@ from scripts.openai_api.errors import ApiError
 BODY_SECONDS = 60
 SEND_SECONDS = 30  # a client that reads nothing for so long is given up
 ALWAYS_OPEN = ("/health", "/metrics")  # while the server drains
+WITH_KEY = ("/v1", "/metrics", "/tokenize", "/detokenize", "/apply-template")  # beginnings of paths
+REQUEST_ID = "X-Request-Id"
+GOOD_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class NobodyReads(Exception):
@@ -54,6 +59,32 @@ def in_time(send: Send) -> Send:
     return send_in_time
 
 
+class Frame:
+    """ASGI middleware around all others: a response has the id of its request, the client's own if
+    it sent a good one; HEAD is answered as GET is, without the body.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        key, is_head = REQUEST_ID.lower().encode(), scope["method"] == "HEAD"
+        name = dict(scope["headers"]).get(key, b"")
+        if not GOOD_ID.fullmatch(name):
+            name = f"req_{uuid.uuid4().hex}".encode()
+
+        async def send_framed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (key, name)]}
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app(scope | ({"method": "GET"} if is_head else {}), receive, send_framed)
+
+
 class Gate:
     """ASGI middleware: refuses requests without the key or while draining, counts the others."""
 
@@ -83,7 +114,7 @@ class Gate:
                 code="draining",
                 headers={"Retry-After": "5", "Connection": "close"},
             )
-        if self.state.api_key and (path.startswith("/v1") or path == "/metrics"):
+        if self.state.api_key and path.startswith(WITH_KEY):
             sent = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(sent, b"Bearer " + self.state.api_key.encode()):
                 return ApiError(

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 from scripts.openai_api.errors import ApiError
 from scripts.openai_api.messages import NOT_SERVED
 
+FORMATS = (("response_format",), ("text", "format"))
 READINGS = ("str", "int", "constrained-int")  # pydantic's names of a field's alternatives
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -23,15 +24,17 @@ def parse(model: type[Parsed], body: bytes) -> Parsed:
 def explain(error: ValidationError) -> ApiError:
     """The ApiError of the first fault; of several readings of a field, that of the furthest."""
     faults = error.errors(include_url=False, include_input=False)
-    worst = max(faults, key=lambda one: len(one["loc"]))
+    worst = max(faults, key=lambda one: (len(one["loc"]), one["loc"][-1:] == ("type",)))
     where = readable_path(worst["loc"])
     if worst["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {worst['ctx']['error']}")
     field = str(worst["loc"][-1]) if worst["loc"] else ""
     message = worst["msg"].removeprefix("Value error, ")
     is_refused = worst["type"] == "none_required" and field in NOT_SERVED
-    if field == "type" and "content" in worst["loc"]:
+    if field == "type" and {"content", "output"} & set(worst["loc"]):
         message = "only text parts are supported: this model reads text only"
+    elif field == "type" and worst["loc"][0] == "tools":
+        message = "only functions are served: this server runs no tools (search, files, computer)"
     elif is_refused:
         message = NOT_SERVED[field]
     return ApiError(
@@ -48,7 +51,7 @@ def readable_path(loc: tuple[str | int, ...]) -> str:
     """
     path = ""
     for i, part in enumerate(loc):
-        is_tag = loc[:i] == ("response_format",) or (i == 2 and loc[0] == "messages")
+        is_tag = loc[:i] in FORMATS or (loc[0], i) in (("messages", 2), ("input", 3))
         if isinstance(part, int):
             path += f"[{part}]"
         elif not is_tag and "[" not in part and part not in READINGS and not part[:1].isupper():

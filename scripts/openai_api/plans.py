@@ -65,26 +65,8 @@ class Plan:
 
 def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     """The Plan of a ChatRequest. ApiError 400 for requests beyond the model."""
-    if not served.chats:
-        raise ApiError(
-            400,
-            f"{request.model} was only pretrained: it has no chat template. Use /v1/completions",
-            "model",
-        )
-    tools = [] if request.tool_choice == "none" else list(request.tools or [])
-    if isinstance(request.tool_choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
-    offered = [offered_tool(tool) for tool in tools] or None
-    messages = [as_template_has_it(message) for message in request.messages]
-    length = sum(len(message["content"] or "") for message in messages)
-    length += len(json.dumps(offered or "", ensure_ascii=False))
-    check_characters(length, served, "messages")
-    try:
-        prompt = encode_chat(request, served, messages, offered)
-    except ValueError as error:
-        raise ApiError(400, str(error), "messages") from error
-    check_length(prompt, served, "messages")
-    in_reasoning, is_begun = end_of_prompt(request, messages[-1])
+    prompt, tools = chat_prompt(request, served)
+    in_reasoning, is_begun = end_of_prompt(request)
     thinking = False if is_begun or request.thinking() is False else None
     grammar = choose_grammar(request, tools, in_reasoning or thinking, served)
     limit = request.max_completion_tokens or request.max_tokens or -1
@@ -101,6 +83,36 @@ def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     )
 
 
+def chat_prompt(
+    request: ChatRequest, served: ServedModel, any_length: bool = False
+) -> tuple[list[int], list[Tool]]:
+    """(ids of the prompt, the tools that it offers). ApiError 400 for prompts beyond the model;
+    any_length: except those that are too long for it.
+    """
+    if not served.chats:
+        raise ApiError(
+            400,
+            f"{request.model} was only pretrained: it has no chat template. Use /v1/completions",
+            "model",
+        )
+    tools = [] if request.tool_choice == "none" else list(request.tools or [])
+    if isinstance(request.tool_choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == request.tool_choice.function.name]
+    offered = [offered_tool(tool) for tool in tools] or None
+    messages = [as_template_has_it(message) for message in request.messages]
+    if not any_length:
+        length = sum(len(message["content"] or "") for message in messages)
+        length += len(json.dumps(offered or "", ensure_ascii=False))
+        check_characters(length, served, "messages")
+    try:
+        prompt = encode_chat(request, served, messages, offered)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from error
+    if not any_length:
+        check_length(prompt, served, "messages")
+    return prompt, tools
+
+
 def encode_chat(
     request: ChatRequest, served: ServedModel, messages: list[dict], tools: list[dict] | None
 ) -> list[int]:
@@ -112,9 +124,10 @@ def encode_chat(
     return encode_prompt(served.tokenizer, messages, tools, request.thinking())
 
 
-def end_of_prompt(request: ChatRequest, last: dict) -> tuple[bool, bool]:
-    """(in_reasoning, is_begun) of the Plan, where `last` is the last of the messages."""
+def end_of_prompt(request: ChatRequest) -> tuple[bool, bool]:
+    """(in_reasoning, is_begun) of the Plan."""
     if request.continue_final_message:
+        last = as_template_has_it(request.messages[-1])
         return in_open_reasoning(last), bool(last["content"] or "reasoning_content" in last)
     return request.thinking() is True and request.add_generation_prompt is not False, False
 
@@ -184,9 +197,8 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
     for prompt in request.prompts():
         if isinstance(prompt, str):
             check_characters(len(prompt), served, "prompt")
-            own = served.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-            begins_special = own and own[0] in served.special_ids
-            ids = own if begins_special else [served.tokenizer.pad_token_id, *own]
+            own = encode_text(prompt, served)
+            ids = with_start(own, served)
             echoes.append(Echo(prompt, own))
         else:
             ids = list(prompt)
@@ -206,6 +218,17 @@ def plan_completion(request: CompletionRequest, served: ServedModel) -> Plan:
         params *= len(prompts)
     wants_log_probs, echoes = request.logprobs is not None, echoes if request.echo else []
     return Plan(prompts, params, request.n or 1, wants_log_probs, echoes=echoes)
+
+
+def encode_text(text: str, served: ServedModel) -> list[int]:
+    """The ids of a text that may spell special tokens."""
+    return served.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def with_start(ids: list[int], served: ServedModel) -> list[int]:
+    """The ids of a text as a prompt: after <|endoftext|>, unless it begins with a special token."""
+    begins_special = ids and ids[0] in served.special_ids
+    return ids if begins_special else [served.tokenizer.pad_token_id, *ids]
 
 
 def check_ids(ids: Iterable[int], served: ServedModel, field: str = "prompt") -> None:

@@ -68,8 +68,8 @@ class TemplateOptions(Body):
     open_thinking: bool | None = Field(None, description="The same as enable_thinking.")
 
 
-class GenerationRequest(Body):
-    """The fields that both endpoints have."""
+class SampledRequest(Body):
+    """The fields that all endpoints have which sample completions."""
 
     model: str
     temperature: float | None = Field(
@@ -96,7 +96,6 @@ class GenerationRequest(Body):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token id -> bias."
     )
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(
         None, description="The same seed gives the same completion; choice i takes seed + i."
     )
@@ -107,8 +106,14 @@ class GenerationRequest(Body):
     )
     ignore_eos: bool | None = Field(None, description="Extension: continue until max_tokens.")
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = Unused
+
+
+class GenerationRequest(SampledRequest):
+    """The fields that chat and completions have."""
+
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def options_belong_to_streams(self) -> "GenerationRequest":

@@ -50,19 +50,19 @@ class Envelope:
         return f'{self.start}], "usage": {json.dumps(usage)}}}\n\n'.encode()
 
 
-class ChatChoice:
-    """One completion of a chat request while it comes."""
+class CompletionReader:
+    """Reads one completion of a chat while it comes: events, log-probs, and why it ended."""
 
-    def __init__(self, index: int, plan: Plan, served: ServedModel, envelope: Envelope):
-        self.index, self.served, self.envelope, self.plan = index, served, envelope, plan
+    def __init__(self, plan: Plan, served: ServedModel):
+        self.plan, self.served = plan, served
         self.parser = ReplyParser(
             plan.in_reasoning,
             tools=plan.offers_tools,
             trust_calls=plan.offers_tools,
             is_begun=plan.is_begun,
         )
-        self.events, self.log_probs, self.finish_reason = [], [], None
-        self.reasoning_tokens, self.num_calls, self.is_begun = 0, 0, False
+        self.log_probs, self.finish_reason = [], None
+        self.reasoning_tokens, self.num_calls = 0, 0
 
     def take(self, piece: Piece) -> list:
         """Take in a Piece; returns the new events."""
@@ -89,6 +89,14 @@ class ChatChoice:
             "logprob": max(log_prob, LOWEST),
             "bytes": list(piece),
         }
+
+
+class ChatChoice(CompletionReader):
+    """One completion of a chat request, for a whole response or for the chunks of a stream."""
+
+    def __init__(self, index: int, plan: Plan, served: ServedModel, envelope: Envelope):
+        super().__init__(plan, served)
+        self.index, self.envelope, self.events, self.is_begun = index, envelope, [], False
 
     def chunks(self, piece: Piece) -> bytes:
         """The chunks of a stream that a Piece makes, as bytes."""
@@ -237,7 +245,9 @@ class TextChoice:
 Choices = list[ChatChoice] | list[TextChoice]
 
 
-def usage(requests: Sequence[Request], plan: Plan, choices: Choices) -> dict[str, Any]:
+def usage(
+    requests: Sequence[Request], plan: Plan, choices: Choices | list[CompletionReader]
+) -> dict[str, Any]:
     """The usage of a finished response; a prompt with n completions counts once, with the cache
     that the first of them found.
     """
@@ -250,7 +260,7 @@ def usage(requests: Sequence[Request], plan: Plan, choices: Choices) -> dict[str
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": min(prompt, reused)},
     }
-    if isinstance(choices[0], ChatChoice):
+    if isinstance(choices[0], CompletionReader):
         reasoning = sum(choice.reasoning_tokens for choice in choices)
         body["completion_tokens_details"] = {"reasoning_tokens": reasoning}
     return body

@@ -86,7 +86,14 @@ def serve(args: Any) -> None:
             f"serving {served.name}: context {served.max_len}, {args.max_batch_size} completions "
             f"at once, on {run.device}"
         )
-    app = build_app(models, api_key, args.max_body_bytes, args.strict, args.allow_origin)
+    app = build_app(
+        models,
+        api_key,
+        args.max_body_bytes,
+        args.strict,
+        args.allow_origin,
+        args.max_stored_responses,
+    )
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -42,7 +42,11 @@ def test_it_is_closed_by_default(server):
 
 
 def test_a_preflight_needs_no_key(opened):
-    for path, method in (("/v1/chat/completions", "POST"), ("/v1/models", "GET")):
+    for path, method in (
+        ("/v1/responses", "POST"),
+        ("/v1/models", "GET"),
+        ("/v1/responses/x", "DELETE"),
+    ):
         reply = preflight(opened, PAGE, path, method)
         assert reply.status_code == 200 and reply.headers[ALLOWED] == PAGE
         assert method in reply.headers["access-control-allow-methods"]
@@ -52,7 +56,7 @@ def test_a_preflight_needs_no_key(opened):
     assert local.headers["access-control-allow-private-network"] == "true"
     refused = preflight(opened, OTHER)
     assert refused.status_code == 400 and ALLOWED not in refused.headers
-    assert preflight(opened, PAGE, method="DELETE").status_code == 400
+    assert preflight(opened, PAGE, method="PUT").status_code == 400
 
 
 def test_responses_streams_and_files_are_open_to_the_page(opened):

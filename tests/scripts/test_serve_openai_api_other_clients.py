@@ -33,7 +33,7 @@ def test_requests_made_from_the_document(server, tmp_path):
     --request-timeout 30
     --checks all --exclude-checks positive_data_acceptance   (2,300 cases in 3.5 minutes on two
                                                              cores)"""
-    command = [str(Path(sys.executable).with_name("schemathesis")), *FUZZ, "--max-examples", "45"]
+    command = [str(Path(sys.executable).with_name("schemathesis")), *FUZZ, "--max-examples", "18"]
     done = subprocess.run(
         [*command, f"{server.url}/openapi.json"],
         capture_output=True,
