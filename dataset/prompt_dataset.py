@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,9 +143,16 @@ def prompt_row(row: dict) -> tuple[dict, bool]:
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise ValueError("no question at the end. End with one of the user.")
     row = {**row, "conversations": messages}
+    if isinstance(row.get("gt"), str):
+        row["gt"] = [row["gt"]]
     if isinstance(row.get("gt"), list):
-        row["gt"] = [str(x) if type(x) in (int, float) else x for x in row["gt"]]
+        row["gt"] = [number_text(x) if type(x) in (int, float) else x for x in row["gt"]]
     return row, is_answered
+
+
+def number_text(number: float) -> str:
+    """A number as texts have it, without an exponent."""
+    return format(Decimal(repr(number)), "f")
 
 
 def has_answer(messages: Any) -> bool:

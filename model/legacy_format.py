@@ -11,6 +11,7 @@ They are `.pth` files, which hold tensors alone, or folders of its own class: co
 is made, only tensors.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,7 +80,9 @@ def read_pickle(path: str | Path) -> State:
             f"{path} is not a PyTorch state dict ({type(error).__name__}: {error})"
         ) from error
     state = state.get("model", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    if not state or not all(
+        isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in state.items()
+    ):
         raise ValueError(f"{path} does not hold a state dict (names to tensors)")
     names = {name: re.sub(r"^(module\.|_orig_mod\.)+", "", name) for name in state}
     return {names[name]: x.float() if x.is_floating_point() else x for name, x in state.items()}
@@ -88,6 +91,21 @@ def read_pickle(path: str | Path) -> State:
 def is_lora(names: Iterable[str]) -> bool:
     """Whether the tensors of these names are an adapter's alone."""
     return all(".lora." in name for name in names)
+
+
+def beside(path: str | Path) -> Path:
+    """The file beside a `.pth` file of ours that says what it does not hold."""
+    return Path(path).with_suffix(".json")
+
+
+def known_beside(path: str | Path) -> dict[str, object]:
+    """What that file says, for `shape_of`; {} if there is none. ValueError if it is damaged."""
+    if not (file := beside(path)).is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): convert the checkpoint again") from error
 
 
 # ---- names
@@ -135,6 +153,8 @@ def lora_factors(path: str | Path, head_dim: int) -> dict[str, tuple[torch.Tenso
         raise ValueError(
             f"{path} is no LoRA adapter of this family: it holds {next(iter(state), 'no lora.B')}"
         )
+    if len({n for A, B in factors.values() for n in (len(A), B.shape[1])}) > 1:
+        raise ValueError(f"{path}: the ranks of its layers differ, which cannot be read")
     return factors
 
 
@@ -157,7 +177,7 @@ def shape_of(state: State, where: str | Path, **known: object) -> dict[str, obje
             f"{where} is a LoRA adapter, a small change to a network, and not a network: give it "
             "as --adapter beside the network that it was trained on"
         )
-    if embedding is None or q is None or k is None:
+    if any(x is None or x.dim() != 2 for x in (embedding, q, k)):
         raise ValueError(
             f"{where} is no network of this family: it holds {', '.join(list(state)[:3])}"
         )
@@ -220,8 +240,10 @@ def is_legacy_config(native: dict) -> bool:
     return native.get("model_type") == "minimind" and "use_moe" in native
 
 
-def legacy_fields(native: dict) -> dict[str, object]:
-    """The keyword arguments of MiniMindConfig for a config.json of theirs."""
+def legacy_fields(native: dict, where: str | Path) -> dict[str, object]:
+    """The keyword arguments of MiniMindConfig for a config.json of theirs; ValueError for another
+    activation.
+    """
     old, shared = "dim" in native, bool(native.get("n_shared_experts"))
     is_qwen = not old and "n_routed_experts" not in native
     fields = {ours: native[theirs] for theirs, ours in RENAMED.items() if theirs in native}
@@ -241,7 +263,15 @@ def legacy_fields(native: dict) -> dict[str, object]:
     theta = native.get("rope_theta") or (native.get("rope_parameters") or {}).get("rope_theta")
     fields["rope_parameters"] = {"rope_theta": theta or (1e4 if old else 1e6)}
     if native.get("inference_rope_scaling"):
-        fields["rope_parameters"] |= ROPE_SCALING
+        scaling = {"rope_type": "yarn", **(native.get("rope_scaling") or {})}
+        fields["rope_parameters"] |= {
+            name: scaling.get(name, default) for name, default in ROPE_SCALING.items()
+        }
+    if native.get("hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"{where}: hidden_act={native['hidden_act']!r} is not supported; MiniMind computes "
+            "hidden_act='silu'"
+        )
     if not native["use_moe"]:
         return fields
     sizes = {} if is_qwen else {"shared_expert_intermediate_size": width if shared else 0}

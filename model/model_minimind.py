@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 
-from .legacy_format import read_pickle, shape_of
+from .legacy_format import known_beside, read_pickle, shape_of
 from .native_format import load_strictly, our_names, read_config, read_state, write_folder
 from .presets import PRESETS
 
@@ -680,7 +680,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     def from_pth(cls, path: str | Path, **known: object) -> "MiniMindForCausalLM":
         """Read a `.pth` file of this family, of any age. `known`: see `legacy_format.shape_of`."""
         state = read_pickle(path)
-        model = cls(MiniMindConfig(**shape_of(state, path, **known)))
+        model = cls(MiniMindConfig(**shape_of(state, path, **{**known_beside(path), **known})))
         load_strictly(model, our_names(state, model.config), Path(path))
         return model.eval()
 

@@ -305,15 +305,19 @@ def read_config(folder: str | Path) -> dict[str, object]:
         raise ValueError(f"{path} is missing: {folder} is not a checkpoint folder")
     try:
         native = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save the checkpoint again") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:{error.lineno}: not JSON ({error.msg}); the checkpoint is damaged, save it "
             "again"
         ) from error
+    if not isinstance(native, dict):
+        raise ValueError(f"{path} holds no object, but a {type(native).__name__}")
     if native.get("model_type") != "minimind":
         return minimind_fields(native, path)
     if is_legacy_config(native):
-        return legacy_fields(native)
+        return legacy_fields(native, path)
     not_ours = ("model_type", "architectures", "auto_map")
     return {name: value for name, value in native.items() if name not in not_ours}
 

@@ -6,7 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat.format import encode_prompt, normalize_conversation
+from dataset.chat.format import (
+    document_start,
+    encode_prompt,
+    normalize_conversation,
+    opens_reasoning,
+)
 from dataset.files.jsonl import dump_row
 from model.engine import Engine, Request
 from model.model_lora import set_adapter
@@ -44,8 +49,9 @@ class Talk:
 
     def prompt_for(self, text: str) -> list[int]:
         """Token ids of the conversation with `text` as its next message, or of a text."""
-        if not self.chats:  # <|endoftext|> begins a document
-            return [self.tokenizer.pad_token_id, *self.tokenizer(text).input_ids]
+        if not self.chats:
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            return [*document_start(self.tokenizer), *ids]
         rounds = self.messages[max(0, len(self.messages) - 2 * self.args.historys) :]
         messages = [*self.system_message(), *rounds, {"role": "user", "content": text}]
         return encode_prompt(self.tokenizer, messages, enable_thinking=self.thinking)
@@ -64,7 +70,8 @@ class Talk:
         if self.args.show_speed:
             print(f"[{len(request.sampled) / (time.perf_counter() - start):.1f} tokens/s]")
         if self.chats:
-            opened = "<think>\n" if self.thinking else ""  # by the prompt; later rounds omit it
+            is_open = opens_reasoning(self.tokenizer, prompt)
+            opened = "<think>\n" if is_open else ""  # by the prompt; later rounds omit it
             self.messages += [
                 {"role": "user", "content": text},
                 {"role": "assistant", "content": opened + request.text},

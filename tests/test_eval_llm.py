@@ -15,6 +15,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.reward_model import MiniMindForSequenceClassification
 from scripts.terminal_chat import Talk
 from tests.helpers.other_tokenizer import trained_network, write_other_tokenizer
+from trainer.runtime.weights import find_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -477,3 +478,33 @@ def test_a_folder_of_another_class_loads_without_running_its_code(theirs, tmp_pa
     ids, model = torch.arange(1, 9)[None], trained_network(theirs / "model")
     torch.testing.assert_close(loaded[0](ids).logits, model(ids).logits, rtol=1e-1, atol=1e-1)
     assert not (tmp_path / "ran").exists()
+
+
+def test_names_of_pth_files(tmp_path):
+    def found(name, **given):
+        args = eval_llm.EvalArgs(save_dir=str(tmp_path), **given)
+        args.given = set(given)
+        return find_weight(name, args, torch.device("cpu")).name
+
+    for name in ("full_sft_256.pth", "full_sft_256_moe.pth", "full_sft_512.pth", "dpo_512_moe.pth"):
+        (tmp_path / name).touch()
+    longer = tmp_path / "full_sft_v2_tiny"  # of another run, full_sft_v2
+    longer.mkdir()
+    (longer / "config.json").touch()
+    assert found("full_sft", hidden_size=256) == "full_sft_256.pth"
+    assert found("full_sft", hidden_size=256, use_moe=True) == "full_sft_256_moe.pth"
+    assert found("full_sft_256_moe") == "full_sft_256_moe.pth"
+    assert found("dpo") == found("dpo", hidden_size=512) == "dpo_512_moe.pth"
+    assert found("full_sft_v2") == "full_sft_v2_tiny"
+    with pytest.raises(ValueError, match=r"full_sft_512\.pth, .*say which"):
+        found("full_sft")
+
+
+def test_a_pretrained_pth_file_continues_the_text(theirs, tmp_path, monkeypatch):
+    shutil.copytree(theirs / "model", tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    shutil.copy(theirs / "out" / "full_sft_64.pth", tmp_path / "out" / "pretrain_64.pth")
+    chats = []
+    monkeypatch.setattr(Talk, "answer", lambda talk, text: chats.append(talk.chats))
+    eval_llm.main(["--save_dir", str(tmp_path / "out"), "--weight", "pretrain", "--prompt", "hi"])
+    assert chats == [False]

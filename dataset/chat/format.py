@@ -139,6 +139,17 @@ def encode_continuation(
     return encode_conversation(tokenizer, messages, tools, continue_final_message=True)[0]
 
 
+def opens_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> bool:
+    """Whether a prompt ends with an open think block; a template may know no such switch."""
+    return tokenizer.decode(prompt[-8:]).rstrip().endswith(OPEN_THINK)
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids before a document's first: <|endoftext|>, or the tokenizer's own beginning."""
+    start = tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [] if start is None else [start]
+
+
 def in_open_reasoning(message: dict) -> bool:
     """Whether an assistant's message ends within a think block that its content has opened."""
     content = message.get("content") or ""

@@ -77,6 +77,8 @@ def to_native(args: NativeArgs) -> None:
     check_place(out, args.overwrite, [source], RECORD)
     if source.suffix == ".pth" and is_lora(read_pickle(source)):
         return adapter_to_native(args, source, out)
+    if args.from_weight:
+        raise ValueError(f"{source} is a network, no adapter: leave --from_weight out")
     from model.model_minimind import MiniMindForCausalLM
     from trainer.runtime.run_folder import shape_name
     from trainer.runtime.tokenizer import tokenizer_of
@@ -140,6 +142,10 @@ def adapter_to_native(args: NativeArgs, source: Path, out: Path) -> None:
         raise ValueError(
             f"{source} is a LoRA adapter: give the network that it was trained on as --from_weight"
         )
+    if args.known():
+        raise ValueError(
+            f"{source} is a LoRA adapter: leave {' '.join(f'--{x}' for x in args.known())} out"
+        )
     import torch
 
     from model.adapter_format import Base, LoRASettings, last_part, write_adapter
@@ -151,6 +157,7 @@ def adapter_to_native(args: NativeArgs, source: Path, out: Path) -> None:
     cpu = torch.device("cpu")
     shape = ShapeArgs(save_dir=args.save_dir, tokenizer_path=args.tokenizer_path)
     base = find_weight(args.from_weight, shape, cpu)
+    check_place(out, args.overwrite, [source, base], RECORD)
     model, _ = load_checkpoint(str(base), shape, cpu)
     layers = read_fitting(model, source)
     rank = len(next(iter(layers.values())).A)

@@ -88,7 +88,8 @@ async def answer(
 ) -> Response:
     """The response to a generation request, as a whole or as a stream."""
     state, start = http.app.state, time.perf_counter()
-    request = parse(model, await read_body(http, state.max_body_bytes))
+    body = await read_body(http, state.max_body_bytes)
+    request = await asyncio.to_thread(parse, model, body)  # a large body takes seconds
     served = find_model(http, request.model)
     headers = state.ignored_fields.take(request)
     served.check_room(request.n or 1)

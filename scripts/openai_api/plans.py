@@ -9,10 +9,12 @@ from typing import Any
 
 from dataset.chat.format import (
     canonical_json,
+    document_start,
     encode_continuation,
     encode_conversation,
     encode_prompt,
     in_open_reasoning,
+    opens_reasoning,
 )
 from dataset.chat.reply import CALL, END_CALL, END_THINK, THINK
 from model.sampling import SamplingParams
@@ -66,7 +68,7 @@ class Plan:
 def plan_chat(request: ChatRequest, served: ServedModel) -> Plan:
     """The Plan of a ChatRequest. ApiError 400 for requests beyond the model."""
     prompt, tools = chat_prompt(request, served)
-    in_reasoning, is_begun = end_of_prompt(request)
+    in_reasoning, is_begun = end_of_prompt(request, served, prompt)
     thinking = False if is_begun or request.thinking() is False else None
     grammar = choose_grammar(request, tools, in_reasoning or thinking, served)
     limit = request.max_completion_tokens or request.max_tokens or -1
@@ -124,12 +126,14 @@ def encode_chat(
     return encode_prompt(served.tokenizer, messages, tools, request.thinking())
 
 
-def end_of_prompt(request: ChatRequest) -> tuple[bool, bool]:
+def end_of_prompt(
+    request: ChatRequest, served: ServedModel, prompt: list[int]
+) -> tuple[bool, bool]:
     """(in_reasoning, is_begun) of the Plan."""
     if request.continue_final_message:
         last = as_template_has_it(request.messages[-1])
         return in_open_reasoning(last), bool(last["content"] or "reasoning_content" in last)
-    return request.thinking() is True and request.add_generation_prompt is not False, False
+    return opens_reasoning(served.tokenizer, prompt), False
 
 
 def offered_tool(tool: Tool) -> dict[str, Any]:
@@ -226,9 +230,9 @@ def encode_text(text: str, served: ServedModel) -> list[int]:
 
 
 def with_start(ids: list[int], served: ServedModel) -> list[int]:
-    """The ids of a text as a prompt: after <|endoftext|>, unless it begins with a special token."""
+    """The ids of a text as a prompt: a document's, unless it begins with a special token."""
     begins_special = ids and ids[0] in served.special_ids
-    return ids if begins_special else [served.tokenizer.pad_token_id, *ids]
+    return ids if begins_special else [*document_start(served.tokenizer), *ids]
 
 
 def check_ids(ids: Iterable[int], served: ServedModel, field: str = "prompt") -> None:

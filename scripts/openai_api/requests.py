@@ -150,6 +150,9 @@ class ChatRequest(GenerationRequest):
         None, description="none and minimal answer at once, the others think first."
     )
     chat_template_kwargs: TemplateOptions | None = None
+    open_thinking: bool | None = Field(
+        None, description="Extension: the same as chat_template_kwargs.enable_thinking."
+    )
     modalities: list[Literal["text"]] | None = None
     metadata: dict[str, Any] | None = Unused
     store: bool | None = Field(None, description="Without effect: nothing is stored.")
@@ -232,11 +235,13 @@ class ChatRequest(GenerationRequest):
     def thinking(self) -> bool | None:
         """True: think before answering; False: answer at once; None: the model decides."""
         options = self.chat_template_kwargs or TemplateOptions()
-        given = {options.enable_thinking, options.open_thinking} - {None}
+        given = {options.enable_thinking, options.open_thinking, self.open_thinking} - {None}
         if self.reasoning_effort is not None:
             given.add(self.reasoning_effort not in ("none", "minimal"))
         if len(given) > 1:
-            raise ValueError("chat_template_kwargs and reasoning_effort contradict each other")
+            raise ValueError(
+                "chat_template_kwargs, open_thinking and reasoning_effort contradict each other"
+            )
         return given.pop() if given else None
 
 

@@ -10,7 +10,7 @@ import streamlit as st
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat.format import encode_prompt
+from dataset.chat.format import document_start, encode_prompt
 from model.engine import Engine
 from model.engine_thread import EngineThread
 from scripts.checkpoint import ShapeArgs, load_checkpoint
@@ -43,7 +43,7 @@ class Loaded:
         if self.chats:
             return encode_prompt(self.tokenizer, messages, tools, thinking)
         ids = self.tokenizer(messages[-1]["content"]).input_ids
-        return [self.tokenizer.pad_token_id, *ids]  # <|endoftext|> begins a document
+        return [*document_start(self.tokenizer), *ids]
 
 
 def get(run: RunFolder, base: Path | None, args: Any) -> Loaded:

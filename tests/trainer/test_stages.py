@@ -348,7 +348,7 @@ def test_weights_that_are_not_there_or_of_another_shape_are_refused(name, flags,
         ValueError, match=r"no weights are found as 'pretrain'|does not exist|is missing"
     ):
         train_full_sft.main([*flags("sft", from_weight=name), "--preset", "minimind-3"])
-    with pytest.raises(ValueError, match=r"is a 32x2, but --hidden_size ask for a 64x4"):
+    with pytest.raises(ValueError, match=r"is a 32x2, but --hidden_size 64 asks for another"):
         train_full_sft.main(
             [*flags("sft", from_weight=tmp_path / "out" / NAMES["pretrain"]), "--hidden_size", "64"]
         )

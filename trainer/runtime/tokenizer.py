@@ -30,12 +30,18 @@ LEAST_GAIN = 1.0  # nats per token; measured: 2.0 to 3.8 with the right one, up 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder. ValueError if there is none, or none of byte-level BPE."""
-    if not (Path(folder) / "tokenizer.json").is_file():
+    folder = Path(folder).parent if Path(folder).name == "tokenizer.json" else Path(folder)
+    if not (folder / "tokenizer.json").is_file():
         raise ValueError(
             f"{folder} has no tokenizer.json: give a folder with a tokenizer as --tokenizer_path, "
             "such as trainer/train_tokenizer.py writes"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library raises all kinds
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})"
+        ) from error
     if "ByteLevel" not in tokenizer.backend_tokenizer.to_str():
         raise ValueError(
             f"{folder}: the tokenizer is not a byte-level BPE, the only kind that works here; make "

@@ -45,6 +45,7 @@ def load_network(
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     template = (OURS / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template if chat else None
+    tokenizer.bos_token = None  # documents end with <|endoftext|>, and begin with nothing
     return model.to(device).train(), tokenizer
 
 
@@ -63,7 +64,10 @@ def read_weight(
             f"{'ask' if len(asked) > 1 else 'asks'} for another shape: the checkpoint decides the "
             "shape, leave them out"
         )
-    return model, tokenizer_of(model, source, args.tokenizer_path)
+    tokenizer = tokenizer_of(model, source, args.tokenizer_path)
+    if source.suffix == ".pth" and "pretrain" in source.stem:
+        tokenizer.chat_template = None  # it came with the tokenizer, and was never learned
+    return model, tokenizer
 
 
 def wrong_shape_flags(config: MiniMindConfig, args: Any) -> list[str]:
@@ -116,13 +120,13 @@ def find_weight(name: str, args: Any, device: torch.device) -> Path:
     else:
         wanted = f"{name}_<preset>"
         runs = [*sorted(save_dir.glob(f"{name}_*")), save_dir / name]
-    found = [run for run in runs if (run / "config.json").is_file()] or pth_files(name, args)
+    found = of_name(name, [run for run in runs if (run / "config.json").is_file()], args)
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(
             f"{name!r} fits {', '.join(run.name for run in found)} in {save_dir}: say which with "
-            "--preset, or give the path"
+            "--preset (.pth files: --hidden_size, --use_moe 0), or give the path"
         )
     for run in runs:
         refuse_adapter(run)
@@ -138,17 +142,31 @@ def find_weight(name: str, args: Any, device: torch.device) -> Path:
     )
 
 
+def of_name(name: str, runs: list[Path], args: Any) -> list[Path]:
+    """What a name stands for, given the folders that begin with it: NAME_<preset or size> and NAME
+    itself, else .pth files, else a run with a longer name.
+    """
+    shapes = "|".join([*PRESETS, r"\d+x\d+(_moe)?"])
+    pattern = rf"{re.escape(Path(name).name)}(_({shapes}))?"
+    return [run for run in runs if re.fullmatch(pattern, run.name)] or pth_files(name, args) or runs
+
+
 def pth_files(name: str, args: Any) -> list[Path]:
     """NAME_<width>.pth and NAME_<width>_moe.pth in args.save_dir, as other repositories of this
-    family save them; of these, the ones that --hidden_size and --use_moe allow.
+    family save them, that --hidden_size and --use_moe allow (the dense ones, if there are any and
+    only a width is given); or NAME.pth.
     """
-    found = []
+    found = {}
     for path in sorted(Path(args.save_dir).glob(f"{name}_*.pth")):
-        match = re.fullmatch(rf"{re.escape(name)}_(\d+)(_moe)?", path.stem)
-        fits = match and args.hidden_size in (None, int(match[1]))
-        if fits and ("use_moe" not in args.given or args.use_moe == bool(match[2])):
-            found.append(path)
-    return found
+        match = re.fullmatch(rf"{re.escape(Path(name).name)}_(\d+)(_moe)?", path.stem)
+        if match and args.hidden_size in (None, int(match[1])):
+            found.setdefault(bool(match[2]), []).append(path)
+    if "use_moe" in args.given:
+        return found.get(args.use_moe, [])
+    if args.hidden_size and found:
+        return found.get(False) or found[True]
+    whole = Path(args.save_dir) / f"{name}.pth"
+    return [one for some in found.values() for one in some] or ([whole] if whole.is_file() else [])
 
 
 def find_adapter(name: str, args: Any) -> Path:
@@ -161,7 +179,7 @@ def find_adapter(name: str, args: Any) -> Path:
         return path
     runs = [*sorted(save_dir.glob(f"{name}_*")), save_dir / name]
     found = [run for run in runs if (run / "adapter_config.json").is_file()]
-    found = found or pth_files(name, args)
+    found = of_name(name, found, args)
     if len(found) > 1:
         raise ValueError(
             f"the adapter {name!r} fits {', '.join(one.name for one in found)} in {save_dir}: give "

@@ -27,7 +27,8 @@ async def create_response(http: Request) -> Response:
     schema; as a whole or as a stream of typed events.
     """
     state, start = http.app.state, time.perf_counter()
-    request = parse(ResponseRequest, await read_body(http, state.max_body_bytes))
+    body = await read_body(http, state.max_body_bytes)
+    request = await asyncio.to_thread(parse, ResponseRequest, body)
     served = find_model(http, request.model)
     headers = state.ignored_fields.take(request)
     items = state.store.conversation(request)
