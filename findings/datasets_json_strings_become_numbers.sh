@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # datasets: one message with a list as its content turns "12" into 12 in all other rows
 #
-# Expected: a JSON string stays a string. load_dataset("json") documents that it infers the type of
-#   each column; the Json feature is documented as storing JSON objects as encoded strings, so
+# Expected: a JSON string stays a string. load_dataset("json") documents that it infers the type
+#   of each column; the Json feature is documented as storing JSON objects as encoded strings, so
 #   encoding and decoding should give back the value that the file holds.
-# What happens: when `content` is text in most rows and a list of parts in one row (the usual mix of
-#   text and image chats), the column becomes Json(decode=True). A text that happens to be valid
-#   JSON is not encoded once more before it is stored, so reading decodes it: "12" -> 12,
+# What happens: when `content` is text in most rows and a list of parts in one row (the usual mix
+#   of text and image chats), the column becomes Json(decode=True). A text that happens to be
+#   valid JSON is not encoded once more before it is stored, so reading decodes it: "12" -> 12,
 #   "007" -> 7, "1.10" -> 1.1, "true" -> True, "null" and "NaN" -> None, and a text with quotation
-#   marks around it loses them. No error, no warning; all other texts are unchanged. Without the row
-#   that has a list, the same rows are read exactly.
+#   marks around it loses them. No error, no warning; all other texts are unchanged. Without the
+#   row that has a list, the same rows are read exactly.
 # Who is hurt: anyone who trains or scores on short answers. "null" becomes an empty reply, "1.10"
 #   is trained as "1.1", and an exact match of "007" with 7 is false. The cause is in another row.
 # Workaround: write every content in one shape (all text or all lists of parts), or read the file
@@ -56,5 +56,6 @@ print("the list row itself:", mixed[-1])
 changed = [text for text, b in zip(TEXTS, mixed) if b != text]
 same = plain == TEXTS and changed == TEXTS[:8] and mixed[0] == 12 and mixed[-1] == parts
 print(f"{len(changed)} of {len(TEXTS)} texts changed")
-raise SystemExit(0 if same else "the behaviour is not the one that the head of this script describes")
+CHANGED = "the behaviour is not the one that the head of this script describes"
+raise SystemExit(0 if same else CHANGED)
 PY

@@ -77,12 +77,14 @@ for kind in ("llama", "qwen3"):
         theta = config.rope_theta if older else config.rope_parameters["rope_theta"]
         print(
             f"read by {transformers.__version__}: {folder:16} theta {theta:9.0f}, KL in nats: tokens"
-            f" 0-3 {kl[:4].mean():.4f}, 4-31 {kl[4:32].mean():.4f}, 128-255 {kl[128:].mean():.4f};"
+            f" 0-3 {kl[:4].mean():.4f}, 4-31 {kl[4:32].mean():.4f},"
+            f" 128-255 {kl[128:].mean():.4f};"
             f" same greedy token at {greedy:.0%}"
         )
         wrong = older and folder == kind
         ok = ok and (theta == 1e4 and kl[128:].mean() > 0.01 if wrong else kl.max() < 1e-4)
-sys.exit(0 if ok else "the behaviour is not the one that the head of this script describes")
+CHANGED = "the behaviour is not the one that the head of this script describes"
+sys.exit(0 if ok else CHANGED)
 PY
 
 timeout 200 5.23.0/bin/python write.py 2>/dev/null

@@ -4,17 +4,18 @@
 # Expected: tokenizer.json is the whole pipeline (the tokenizers documentation lists normalizer,
 #   pre-tokenizer, model, post-processor), so AutoTokenizer gives the ids that
 #   tokenizers.Tokenizer.from_file gives, as transformers does for a folder of type llama.
-# What happens: for the model types qwen2, qwen3 and qwen3_moe AutoTokenizer builds a Qwen2Tokenizer
-#   when the folder names no tokenizer_class. That class keeps vocabulary and merges only, and puts
-#   in Qwen's splitting (each digit alone) and NFC. A tokenizer that was trained with another
-#   pre-tokenizer gets other ids, and all its merges of digits are dead. A Lowercase normalizer is
-#   lost. An <|endoftext|> is added with an id behind the last row of the embedding. Decoding gives
-#   the text back, so a round trip does not show it. For qwen2 even an explicit tokenizer_class
-#   PreTrainedTokenizerFast is overruled.
+# What happens: for the model types qwen2, qwen3 and qwen3_moe AutoTokenizer builds a
+#   Qwen2Tokenizer when the folder names no tokenizer_class. That class keeps vocabulary and
+#   merges only, and puts in Qwen's splitting (each digit alone) and NFC. A tokenizer that was
+#   trained with another pre-tokenizer gets other ids, and all its merges of digits are dead. A
+#   Lowercase normalizer is lost. An <|endoftext|> is added with an id behind the last row of the
+#   embedding. Decoding gives the text back, so a round trip does not show it. For qwen2 even an
+#   explicit tokenizer_class PreTrainedTokenizerFast is overruled.
 # Who is hurt: anyone who trains a small Qwen-shaped model with a tokenizer of their own: training
 #   through tokenizers and inference through transformers (or any server above it) see other ids.
 # Workaround: "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json (qwen3,
-#   qwen3_moe); for qwen2 load with PreTrainedTokenizerFast.from_pretrained. Compare ids, not text.
+#   qwen3_moe); for qwen2 load with PreTrainedTokenizerFast.from_pretrained. Compare ids, not
+#   text.
 # Versions: transformers 5.23.0, tokenizers 0.23.3.
 set -euo pipefail
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -94,5 +95,6 @@ print("qwen2 through PreTrainedTokenizerFast.from_pretrained:", direct_same)
 wrong = {("qwen3", "absent"), ("qwen3_moe", "absent"), ("qwen2", "absent"), ("qwen2", "explicit")}
 same = {case for case, is_equal in equal.items() if not is_equal} == wrong
 same = same and "".join(kept) == "abc" and "".join(lost) == "ABC" and direct_same
-raise SystemExit(0 if same else "the behaviour is not the one that the head of this script describes")
+CHANGED = "the behaviour is not the one that the head of this script describes"
+raise SystemExit(0 if same else CHANGED)
 PY
