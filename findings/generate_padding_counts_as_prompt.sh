@@ -74,7 +74,7 @@ def first_scores(ids, mask, options):
 
 
 print("transformers", transformers.__version__)
-print("score of the end-of-text token for one prompt of 4 tokens, alone and padded by 5 in a batch")
+print("score of the end-of-text token, prompt of 4 tokens, alone and padded by 5 in a batch")
 ok = True
 for name, options in OPTIONS.items():
     alone = first_scores([short], [[1] * len(short)], options)
