@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dataset.chat.final_answer import contains
+from dataset.chat.spellings import read_messages
 from dataset.chat.tools import EVERYDAY_TOOLS, ToolBox, everyday_tools, load_tools
 from dataset.files.jsonl import find_shards, in_fraction, read_rows
 from dataset.prompt_dataset import prompt_row
@@ -67,7 +68,7 @@ def case_of(row: dict) -> Case:
             '"calls" is no list of calls. Give [{"name": "...", "arguments": {...}}, ...], or '
             "leave it out."
         )
-    messages, _ = normalize_conversation(row["conversations"])
+    messages, _ = normalize_conversation(read_messages(row["conversations"]))
     tools = messages[0].pop("tools", None)  # asked with the question, not in its prompt
     tools = as_tools(tools) if tools else None
     language, group = row.get("language", ""), calls[0]["name"] if calls else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dataset.chat.format import encode_conversation, encode_prompt
+from dataset.chat.spellings import read_messages
 from dataset.files.jsonl import read_rows
 from dataset.lm_dataset import ReasonDataset
 from tests.helpers.rows import chat, targets_of, text_of, write
@@ -201,7 +202,7 @@ def test_real_rows_begin_with_the_prompt_of_their_switch(name, count, ratio, tok
     assert len(dataset) == len(rows)
     thinking = 0
     for i, row in enumerate(rows):
-        *messages, last = row["conversations"]
+        *messages, last = read_messages(row["conversations"])
         assert last["role"] == "assistant"
         thinks = bool(last.get("reasoning_content")) and not ratio
         thinking += thinks
