@@ -92,6 +92,7 @@ def test_rollout(tmp_path, capsys):
 
 def test_a_rollout_of_a_checkpoint(sides, tmp_path):
     flags = "--batch_sizes 2 --prompt_len 10 --new_tokens 3 --rounds 1 --device cpu --weight"
+    AutoTokenizer.from_pretrained(ROOT / "model").save_pretrained(tmp_path)
     found = run_bench(tmp_path, f"rollout {flags}", str(tmp_path))
     assert found["arguments"]["weight"] == str(tmp_path) and len(found["rows"]) == 2
 
