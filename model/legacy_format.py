@@ -52,6 +52,11 @@ RENAMED = {
     "n_routed_experts": "num_experts",
     "max_seq_len": "max_position_embeddings",
 }
+# fields of MiniMindConfig that decide the logits, and that no tensor of a `.pth` file tells
+NOT_IN_FILE = (
+    *("num_attention_heads", "head_dim", "rms_norm_eps", "rope_parameters"),
+    *("num_experts_per_tok", "norm_topk_prob"),
+)
 # the longer contexts of its --inference_rope_scaling
 ROPE_SCALING = {
     "rope_type": "yarn",
@@ -99,13 +104,18 @@ def beside(path: str | Path) -> Path:
 
 
 def known_beside(path: str | Path) -> dict[str, object]:
-    """What that file says, for `shape_of`; {} if there is none. ValueError if it is damaged."""
+    """What that file says, for `shape_of`; {} if there is none, or one about something else.
+    ValueError if it is damaged.
+    """
     if not (file := beside(path)).is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): convert the checkpoint again") from error
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): convert the checkpoint again, or move the file away"
+        ) from error
+    return known if isinstance(known, dict) and known.keys() == {*NOT_IN_FILE} else {}
 
 
 # ---- names

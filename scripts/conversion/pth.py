@@ -27,8 +27,6 @@ SHAPE = (  # as its MiniMindConfig calls it
     *("intermediate_size", "rms_norm_eps"),
 )
 EXPERTS = ("num_experts_per_tok", "norm_topk_prob")
-# what the file does not hold
-NOT_IN_FILE = ("num_attention_heads", "head_dim", "rms_norm_eps", "rope_parameters", *EXPERTS)
 
 
 @dataclass
@@ -59,7 +57,7 @@ def to_pth(args: PthArgs) -> None:
     """Write the file and the tokenizer, and say by how much its logits differ from the source's."""
     import torch
 
-    from model.legacy_format import ROPE_SCALING, beside
+    from model.legacy_format import NOT_IN_FILE, ROPE_SCALING, beside
     from model.model_minimind import MiniMindForCausalLM
     from model.native_format import split_experts
 

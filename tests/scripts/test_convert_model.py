@@ -67,6 +67,17 @@ def test_every_shape_of_that_family_goes_to_a_pth_file(kind, tmp_path, capsys):
         assert "model.layers.1.mlp.experts.3.down_proj.weight" in names
 
 
+def test_a_json_file_about_something_else_is_passed_over(theirs, tmp_path):
+    path = tmp_path / "full_sft_64.pth"
+    path.write_bytes(theirs[0].read_bytes())
+    expected = MiniMindForCausalLM.from_pth(path)(IDS).logits
+    (tmp_path / "full_sft_64.json").write_text('{"rms_norm_eps": 1.0, "loss": 2}')
+    assert torch.equal(MiniMindForCausalLM.from_pth(path)(IDS).logits, expected)
+    (tmp_path / "full_sft_64.json").write_text('{"rms_norm_eps": ')
+    with pytest.raises(ValueError, match=r"full_sft_64\.json is damaged .*move the file away"):
+        MiniMindForCausalLM.from_pth(path)
+
+
 def test_an_adapter_becomes_a_folder_of_peft(theirs, tmp_path, capsys):
     from peft import PeftModel
 
